@@ -1,0 +1,1 @@
+"""Pairs, conversations, score folders and the training pipeline."""

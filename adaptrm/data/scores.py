@@ -1,0 +1,139 @@
+"""Score folders: a manifest and Parquet parts, each written whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from adaptrm import paths
+from adaptrm.errors import InputError
+
+# Column of a part -> attribute of Scores.
+COLUMNS = {
+    "scores_a": "a",
+    "scores_b": "b",
+    "relevance": "relevance",
+    "log_odds_a": "log_odds_a",
+    "log_odds_b": "log_odds_b",
+    "label_mass_a": "label_mass_a",
+    "label_mass_b": "label_mass_b",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a judge says of N pairs by R rules.
+
+    Attributes:
+        ids: of the pairs.
+        rule_ids: of the rules.
+        a, b: score of each response, ``(P(Yes) - P(No)) / label mass`` times the rule's sign, in [-1, 1].
+        relevance: ``1 - P(Neither) / label mass``, averaged over the two responses, in [0, 1].
+        log_odds_a, log_odds_b: ``log P(Yes) - log P(No)`` times the rule's sign.
+        label_mass_a, label_mass_b: ``P(Yes) + P(No) + P(Neither)``.
+    """
+
+    ids: list[str]
+    rule_ids: list[str]
+    a: Float32[np.ndarray, "pairs rules"]
+    b: Float32[np.ndarray, "pairs rules"]
+    relevance: Float32[np.ndarray, "pairs rules"]
+    log_odds_a: Float32[np.ndarray, "pairs rules"]
+    log_odds_b: Float32[np.ndarray, "pairs rules"]
+    label_mass_a: Float32[np.ndarray, "pairs rules"]
+    label_mass_b: Float32[np.ndarray, "pairs rules"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def concatenate(cls, parts: list["Scores"]) -> "Scores":
+        arrays = {f: np.concatenate([getattr(part, f) for part in parts]) for f in COLUMNS.values()}
+        return cls([i for part in parts for i in part.ids], parts[0].rule_ids, **arrays)
+
+
+assert [f.name for f in fields(Scores)][2:] == list(COLUMNS.values())
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
+def write_manifest(folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
+    """Write the manifest, or check that the folder was made under the same one.
+
+    Raises:
+        InputError: the folder holds scores of something else; names the first field that differs.
+    """
+    file = paths.join(folder, "manifest.json")
+    if paths.exists(file):
+        stored = read_manifest(folder)
+        for name in sorted(stored.keys() | manifest.keys()):
+            if stored.get(name) != manifest.get(name):
+                raise InputError(f"{folder}: holds scores with another {name}; give another --out or delete the folder")
+        return
+    if any(name.startswith("part-") for name in paths.names(folder)):
+        raise InputError(f"{folder}: holds parts without a manifest.json; give another --out or delete the folder")
+    paths.write_bytes(file, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    file = paths.join(folder, "manifest.json")
+    if not paths.exists(file):
+        raise InputError(f"{folder}: no manifest.json; this is not a score folder, make one with adaptrm score")
+    try:
+        manifest = json.loads(paths.read_bytes(file))
+        list(manifest["rules"]), manifest["pairs"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: not a manifest; make the scores again with adaptrm score") from None
+    return manifest
+
+
+def write_part(folder: str | os.PathLike, number: int, scores: Scores) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rules = len(scores.rule_ids)
+    columns = {"id": pa.array(scores.ids, pa.string())}
+    for column, attribute in COLUMNS.items():
+        flat = np.ascontiguousarray(getattr(scores, attribute), np.float32).reshape(-1)
+        columns[column] = pa.FixedSizeListArray.from_arrays(pa.array(flat), rules)
+    with paths.writing(paths.join(folder, part_name(number))) as stream:
+        pq.write_table(pa.table(columns), stream)
+
+
+def read_parts(folder: str | os.PathLike) -> Iterator[Scores]:
+    """The parts of a finished folder, one at a time.
+
+    Raises:
+        InputError: parts are missing, or a part is broken or of another shape.
+    """
+    manifest = read_manifest(folder)
+    rules = list(manifest["rules"])
+    parts = [name for name in paths.names(folder) if name.startswith("part-") and name.endswith(".parquet")]
+    if parts != [part_name(i) for i in range(manifest["parts"])]:
+        raise InputError(
+            f"{folder}: has {len(parts)} of {manifest['parts']} parts; run the same adaptrm score again, it continues"
+        )
+    for name in parts:
+        yield read_part(paths.join(folder, name), rules)
+
+
+def read_part(file: str | os.PathLike, rules: list[str]) -> Scores:
+    import pyarrow.lib
+    import pyarrow.parquet as pq
+
+    try:
+        with paths.reading(file) as stream:
+            table = pq.read_table(stream)
+        arrays = {}
+        for column, attribute in COLUMNS.items():
+            flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            arrays[attribute] = flat.astype(np.float32, copy=False).reshape(len(table), len(rules))
+        return Scores(table["id"].to_pylist(), rules, **arrays)
+    except (pyarrow.lib.ArrowException, KeyError, ValueError) as wrong:
+        raise InputError(f"{file}: not a part of a score folder with {len(rules)} rules: {wrong}") from None

@@ -1,0 +1,99 @@
+"""A model of ours as a Hugging Face folder."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from adaptrm import paths
+from adaptrm.hf.keys import key_table
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+def save_weights(state: nnx.State, out: str | os.PathLike, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write all parameters under their Hugging Face names, in shards of bounded size; process 0 writes.
+
+    The folder's file names follow Hugging Face: ``model.safetensors``, or numbered shards with an index.
+    """
+    params = dict(nnx.to_flat_state(state))
+    table = sorted(
+        ((name, key, i) for key in key_table(state) for i, name in enumerate(key.names)), key=lambda row: row[0]
+    )
+    sizes = {name: int(np.prod(key.tensor_shape)) * params[key.path].dtype.itemsize for name, key, _ in table}
+    shards: list[list] = [[]]
+    held = 0
+    for row in table:
+        if shards[-1] and held + sizes[row[0]] > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(row)
+        held += sizes[row[0]]
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        single = len(shards) == 1
+        name = "model.safetensors" if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for tensor, key, i in shard:
+            value = params[key.path][...]
+            host = _to_host(value[i] if key.stacked else value)
+            if jax.process_index() == 0:
+                tensors[tensor] = np.ascontiguousarray(host).reshape(key.tensor_shape)
+            weight_map[tensor] = name
+        if jax.process_index() == 0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            partial = Path(out) / f"{name}.partial"
+            save_file(tensors, partial, metadata={"format": "pt"})
+            os.replace(partial, Path(out) / name)
+    if jax.process_index() == 0 and len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(Path(out) / "model.safetensors.index.json", index)
+
+
+def _to_host(value: jax.Array) -> np.ndarray:
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    return multihost_utils.process_allgather(value, tiled=True)
+
+
+def classifier_config(raw: dict[str, Any], *, vocab_size: int, pad_token_id: int, labels: list[str], dtype: str):
+    """The ``config.json`` of a sequence classifier, from that of the model it started from.
+
+    Written so that transformers 4 and 5 both read it.
+    """
+    rope = dict(raw.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    scaling = rope if rope.get("rope_type", "default") != "default" else raw.get("rope_scaling")
+    dropped = ("rope_parameters", "dtype", "_name_or_path", "_model_name_or_path", "auto_map")
+    kept = {k: v for k, v in raw.items() if k not in dropped}
+    family = {"llama": "Llama"}[raw["model_type"]]
+    return kept | {
+        "architectures": [f"{family}ForSequenceClassification"],
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "pad_token_id": pad_token_id,
+        "vocab_size": vocab_size,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "torch_dtype": dtype,
+    }
+
+
+def causal_lm_config(raw: dict[str, Any], *, dtype: str) -> dict[str, Any]:
+    """The ``config.json`` of a causal language model that we trained further, for transformers 4 and 5."""
+    plain = classifier_config(
+        raw, vocab_size=raw["vocab_size"], pad_token_id=raw.get("pad_token_id"), labels=[], dtype=dtype
+    )
+    family = plain["architectures"][0].removesuffix("ForSequenceClassification")
+    plain["architectures"] = [f"{family}ForCausalLM"]
+    return {k: v for k, v in plain.items() if k not in ("id2label", "label2id")}
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    paths.write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,164 @@
+"""A causal language model as the judge: every rule about both responses of a pair in one forward pass."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from adaptrm.data.chat import ChatTokenizer
+from adaptrm.data.preferences import Pair
+from adaptrm.data.scores import Scores
+from adaptrm.hf.load import load_weights, open_folder, place
+from adaptrm.judge.prompts import JudgePrompt
+from adaptrm.models.decoder import CausalLM
+from adaptrm.models.heads import answer_log_probabilities, at_leaves
+from adaptrm.parallel import local_mesh, sharding
+from adaptrm.prefix_tree import PackedRows, PrefixTree, best_fit, pack_rows
+from adaptrm.rules import RulePool
+
+# Rows come in these lengths and no others, so that few programs are compiled.
+ROW_LENGTHS = tuple(int(2**e * f) for e in range(8, 17) for f in (1, 1.25, 1.5, 1.75))
+LEAVES_STEP = 64
+
+
+class Judge:
+    """Scores pairs against the rules of a pool.
+
+    Attributes:
+        rules: the pool.
+        prompt: builds the judge's questions.
+    """
+
+    def __init__(self, definition, state, chat: ChatTokenizer, rules: RulePool, template: str, dtype: str, mesh: Mesh):
+        self.rules, self.prompt, self.dtype, self.mesh = rules, JudgePrompt(chat, rules, template), dtype, mesh
+        self._definition, self._state = definition, state
+        # Padding rows are cheap only where rows are few: a batch holds one row a device.
+        self._rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._signs = np.array([rule.sign for rule in rules], np.float32)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike,
+        rules: RulePool,
+        template: str = "conversation-first",
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+    ) -> "Judge":
+        """A Hugging Face folder of a causal language model, a hub name, or a run of ``train judge``.
+
+        Args:
+            dtype: of the parameters and the computation.
+            mesh: None takes all devices of this process.
+
+        Raises:
+            InputError: the folder, its config, weights, tokenizer or chat template cannot be used.
+        """
+        folder = open_folder(model)
+        mesh = mesh or local_mesh()
+        definition, state, _ = load_weights(folder, CausalLM, mesh, dtype=dtype)
+        return cls(definition, state, ChatTokenizer.from_folder(folder.path), rules, template, dtype, mesh)
+
+    def score(self, pairs: Sequence[Pair]) -> Scores:
+        """Score pairs; what comes out does not depend on what else is in the batch."""
+        log_p = self.log_probabilities(pairs)
+        return scores_from_log_probabilities(log_p, self._signs, [pair.id for pair in pairs], list(self.rules.ids))
+
+    def log_probabilities(self, pairs: Sequence[Pair]) -> Float32[np.ndarray, "pairs 2 rules 3"]:
+        """Log-probability of Yes, No and Neither, for responses A and B of each pair and each rule."""
+        rules = len(self.rules)
+        trees, swapped = self.trees(pairs)
+        out = np.empty((len(pairs), 2, rules, 3), np.float32)
+        for index, leaves in self.read_leaves(trees).items():
+            both = leaves.reshape(2, rules, 3)
+            out[index] = both[::-1] if swapped[index] else both
+        return out
+
+    def trees(self, pairs: Sequence[Pair]) -> tuple[list[PrefixTree], list[bool]]:
+        """The tree of each pair, and whether its responses lie in the order B, A."""
+        every = range(len(self.rules))
+        built = [self.prompt.pair_tree(p.prompt, p.response_a, p.response_b, every) for p in pairs]
+        return [tree for tree, _ in built], [b_first for _, b_first in built]
+
+    def read_leaves(self, trees: Sequence[PrefixTree]) -> dict[int, Float32[np.ndarray, "leaves 3"]]:
+        """Answer log-probabilities at the leaves of each tree."""
+        packed = self.pack(trees)
+        out = []
+        for start in range(0, len(packed.tokens), self._rows_at_once):
+            rows = slice(start, start + self._rows_at_once)
+            out.append(self._forward(packed, rows))
+        return packed.to_owners(np.concatenate([np.asarray(log_p) for log_p in out]))
+
+    def pack(self, trees: Sequence[PrefixTree]) -> PackedRows:
+        """Rows of the one length that computes the fewest tokens."""
+        lengths = [len(tree) for tree in trees]
+        row_length, rows = choose_row_length(lengths, self._rows_at_once)
+        most = max(sum(len(trees[i].leaves) for i in row) for row in rows)
+        return pack_rows(trees, rows, row_length, -(-most // LEAVES_STEP) * LEAVES_STEP, self._rows_at_once)
+
+    def _forward(self, packed: PackedRows, rows: slice) -> jax.Array:
+        arrays = (packed.tokens, packed.positions, packed.subtree_end, packed.leaves)
+        with jax.set_mesh(self.mesh):
+            placed = [place(x[rows], sharding(self.mesh, x[rows].shape, ("rows", "tokens"))) for x in arrays]
+            return _answer_leaves(self._definition, self.prompt.answers, self.dtype, self._state, *placed)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _answer_leaves(definition, answers, dtype, state, tokens, positions, subtree_end, leaves):
+    model = nnx.merge(definition, state)
+    hidden = model.model(tokens, positions, subtree_end, jnp.dtype(dtype))
+    return answer_log_probabilities(at_leaves(hidden, leaves), model.unembedding, answers)
+
+
+def choose_row_length(lengths: Sequence[int], rows_at_once: int) -> tuple[int, list[list[int]]]:
+    """The row length that needs the fewest tokens for these trees, and which trees share a row.
+
+    Trees longer than the longest row get a row length of their own, a multiple of it.
+    """
+    longest = max(lengths)
+    steps = [n for n in ROW_LENGTHS if n >= longest] or [-(-longest // ROW_LENGTHS[-1]) * ROW_LENGTHS[-1]]
+    total = sum(lengths)
+    best: tuple[int, int, list[list[int]]] | None = None
+    for row_length in steps[:12]:
+        rows = best_fit(lengths, row_length)
+        computed = -(-len(rows) // rows_at_once) * rows_at_once * row_length
+        if best is None or computed < best[0]:
+            best = computed, row_length, rows
+        if row_length * rows_at_once >= total:
+            break
+    assert best is not None
+    return best[1], best[2]
+
+
+def scores_from_log_probabilities(
+    log_p: Float32[np.ndarray, "pairs 2 rules 3"],
+    signs: Float32[np.ndarray, " rules"],
+    ids: list[str],
+    rule_ids: list[str],
+) -> Scores:
+    """Scores, relevance, log-odds and label mass from the answers' log-probabilities."""
+    top = log_p.max(axis=-1, keepdims=True)
+    unnormalised = np.exp(log_p - top)
+    shares = unnormalised / unnormalised.sum(axis=-1, keepdims=True, dtype=np.float32)
+    mass = np.minimum(np.exp(log_p).sum(axis=-1, dtype=np.float32), np.float32(1))
+    # The log-odds of an answer with probability 0 is infinite; the largest float keeps the file readable by all.
+    log_odds = np.nan_to_num(log_p[..., 0] - log_p[..., 1])
+    scores = (shares[..., 0] - shares[..., 1]) * signs
+    relevance = (1 - shares[..., 2]).mean(axis=1, dtype=np.float32)
+    return Scores(
+        ids,
+        rule_ids,
+        a=scores[:, 0],
+        b=scores[:, 1],
+        relevance=np.clip(relevance, 0, 1),
+        log_odds_a=log_odds[:, 0] * signs,
+        log_odds_b=log_odds[:, 1] * signs,
+        label_mass_a=mass[:, 0],
+        label_mass_b=mass[:, 1],
+    )

@@ -1,0 +1,71 @@
+"""The decoder and the two models built on it, for rows of packed prefix trees."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from adaptrm.models.config import ModelConfig
+from adaptrm.models.layers import Layer, RMSNorm, Weight, rotary_angles
+from adaptrm.parallel.sharding import constrain
+
+Remat = Literal["none", "layer"]
+
+
+class Decoder(nnx.Module):
+    """Token ids to hidden states: a Llama-family decoder over stacked layers."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Weight((config.vocab_size, config.hidden_size), ("vocab", "embed"), rngs)
+        self.layers = Layer(config, rngs)
+        self.norm = RMSNorm((config.hidden_size,), ("embed",), config.rms_norm_eps)
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "rows tokens"],
+        positions: Int32[Array, "rows tokens"],
+        subtree_end: Int32[Array, "rows tokens"],
+        dtype=jnp.float32,
+        remat: Remat = "none",
+    ) -> Float[Array, "rows tokens hidden"]:
+        """Hidden states after the last norm, computed in ``dtype``.
+
+        ``remat="layer"`` keeps only each layer's input for the backward pass and computes the rest again.
+        """
+        x = constrain(self.embed_tokens.weight[...][tokens].astype(dtype), "rows", "tokens", "hidden")
+        angles = rotary_angles(self.config, positions)
+        definition, weights = nnx.split(self.layers)
+
+        def layer(x, layer_weights):
+            return nnx.merge(definition, layer_weights)(x, angles, subtree_end), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat == "layer" else layer, x, weights)
+        return self.norm(x)
+
+
+class CausalLM(nnx.Module):
+    """A decoder with a vocabulary head (``LlamaForCausalLM``)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.model = Decoder(config, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Weight((config.vocab_size, config.hidden_size), ("vocab", "embed"), rngs)
+
+    @property
+    def unembedding(self) -> Float[Array, "vocab hidden"]:
+        tied = self.model.config.tie_word_embeddings
+        return (self.model.embed_tokens if tied else self.lm_head).weight[...]
+
+
+class SequenceClassifier(nnx.Module):
+    """A decoder with a linear head, without bias (``LlamaForSequenceClassification``).
+
+    One label is a reward model, R labels a rule adapter.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, num_labels: int = 1):
+        self.model = Decoder(config, rngs)
+        self.score = Weight((num_labels, config.hidden_size), ("labels", "embed"), rngs)

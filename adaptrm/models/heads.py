@@ -1,0 +1,45 @@
+"""What is read off the hidden states: answers of a judge, rewards, labels. All in float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+POSITIONS_AT_ONCE = 256  # vocabulary logits exist for this many positions at a time
+
+
+def at_leaves(
+    hidden: Float[Array, "rows tokens hidden"], leaves: Int32[Array, "rows leaves"]
+) -> Float[Array, "rows leaves hidden"]:
+    """Hidden states at the given token indices of each row."""
+    return jnp.take_along_axis(hidden, leaves[..., None], axis=1)
+
+
+def answer_log_probabilities(
+    hidden: Float[Array, "rows leaves hidden"],
+    unembedding: Float[Array, "vocab hidden"],
+    answers: tuple[tuple[int, ...], ...],
+) -> Float[Array, "rows leaves answers"]:
+    """Log-probability of each answer as the next token, its spellings pooled, over the whole vocabulary.
+
+    Args:
+        answers: for each answer the token ids of its spellings.
+    """
+    rows, leaves, dim = hidden.shape
+    at_once = min(POSITIONS_AT_ONCE, leaves)
+    chunks = jnp.pad(hidden, ((0, 0), (0, -leaves % at_once), (0, 0))).reshape(rows, -1, at_once, dim)
+
+    @jax.checkpoint
+    def chunk(hidden):
+        logits = jnp.einsum("bmd,vd->bmv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        pooled = [jax.nn.logsumexp(logits[..., jnp.asarray(ids)], axis=-1) for ids in answers]
+        return jnp.stack(pooled, -1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    out = jax.lax.map(chunk, chunks.swapaxes(0, 1))
+    return out.swapaxes(0, 1).reshape(rows, -1, len(answers))[:, :leaves]
+
+
+def label_logits(
+    hidden: Float[Array, "rows leaves hidden"], weight: Float[Array, "labels hidden"]
+) -> Float[Array, "rows leaves labels"]:
+    """The linear head in float32: one label is the reward."""
+    return jnp.einsum("bmd,ld->bml", hidden.astype(jnp.float32), weight.astype(jnp.float32))

@@ -1,0 +1,123 @@
+"""The parts of a decoder layer, under the names Hugging Face gives them.
+
+Weights keep Hugging Face's ``[out, in]`` order, heads as a dimension of their own, so that loading is a reshape.
+All layers of a model are one ``Layer`` whose weights have a leading layer dimension; ``jax.lax.scan`` walks it.
+Every parameter names the logical axes of its dimensions (``Weight.axes``); ``parallel.sharding`` places them.
+
+Shape suffixes: B rows, T tokens, D hidden size, F intermediate size, N heads, K kv heads, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from adaptrm.attention import tree_attention
+from adaptrm.models.config import ModelConfig
+from adaptrm.parallel.sharding import constrain, partition_spec
+
+INIT_STD = 0.02
+
+
+class Weight(nnx.Module):
+    """One parameter, with the logical axis of each dimension."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs | None = None):
+        """Normal initialisation with ``rngs``, ones without."""
+        value = jax.random.normal(rngs.params(), shape) * INIT_STD if rngs is not None else jnp.ones(shape)
+        self.weight = nnx.Param(value)
+        self.axes = axes
+
+    def __call__(self, dtype) -> Array:
+        return self.weight[...].astype(dtype)
+
+
+class RMSNorm(Weight):
+    """Root-mean-square norm, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float):
+        super().__init__(shape, axes)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+def rotary_angles(
+    config: ModelConfig, positions: Int32[Array, "batch tokens"]
+) -> Float[Array, "batch tokens half_head_dim"]:
+    """Angles of rotary embeddings (Su et al. 2021), with Llama 3.1's scaling where the config asks for it."""
+    frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = jnp.clip(keep, 0.0, 1.0)
+        frequency = frequency * (keep + (1 - keep) / scaling.factor)
+    return positions.astype(jnp.float32)[..., None] * frequency
+
+
+def rotate(x_BTNH: Array, angles_BTh: Array) -> Array:
+    """Rotate the two halves of each head, in float32."""
+    cos, sin = jnp.cos(angles_BTh)[:, :, None], jnp.sin(angles_BTh)[:, :, None]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        layers, hidden = config.num_hidden_layers, config.hidden_size
+        query = (layers, config.num_attention_heads, config.head_dim, hidden)
+        key = (layers, config.num_key_value_heads, config.head_dim, hidden)
+        self.q_proj = Weight(query, ("layers", "heads", "head_dim", "embed"), rngs)
+        self.k_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs)
+        self.v_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs)
+        self.o_proj = Weight((layers, hidden, *query[1:3]), ("layers", "embed", "heads", "head_dim"), rngs)
+
+    def __call__(self, x_BTD: Array, angles_BTh: Array, subtree_end_BT: Array) -> Array:
+        q = rotate(jnp.einsum("btd,nhd->btnh", x_BTD, self.q_proj(x_BTD.dtype)), angles_BTh)
+        k = rotate(jnp.einsum("btd,khd->btkh", x_BTD, self.k_proj(x_BTD.dtype)), angles_BTh)
+        v = jnp.einsum("btd,khd->btkh", x_BTD, self.v_proj(x_BTD.dtype))
+        return jnp.einsum("btnh,dnh->btd", sharded_attention(q, k, v, subtree_end_BT), self.o_proj(x_BTD.dtype))
+
+
+def sharded_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, subtree_end_BT: Array) -> Array:
+    """Tree attention on the current mesh: each device attends over its own rows and heads.
+
+    Query heads follow their key heads, so heads are split only where both divide the tensor axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree_attention(q_BTNH, k_BTKH, v_BTKH, subtree_end_BT)
+    heads = ("rows", "tokens", "kv_heads", "head_dim")
+    spec = partition_spec(mesh, k_BTKH.shape, heads)
+    rows = partition_spec(mesh, subtree_end_BT.shape, heads[:2])
+    local = jax.shard_map(tree_attention, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
+    return local(q_BTNH, k_BTKH, v_BTKH, subtree_end_BT)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        up = (config.num_hidden_layers, config.intermediate_size, config.hidden_size)
+        self.gate_proj = Weight(up, ("layers", "mlp", "embed"), rngs)
+        self.up_proj = Weight(up, ("layers", "mlp", "embed"), rngs)
+        self.down_proj = Weight((up[0], up[2], up[1]), ("layers", "embed", "mlp"), rngs)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        gate = jnp.einsum("btd,fd->btf", x_BTD, self.gate_proj(x_BTD.dtype))
+        up = jnp.einsum("btd,fd->btf", x_BTD, self.up_proj(x_BTD.dtype))
+        return jnp.einsum("btf,df->btd", jax.nn.silu(gate) * up, self.down_proj(x_BTD.dtype))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        norm = ((config.num_hidden_layers, config.hidden_size), ("layers", "embed"), config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(*norm)
+        self.self_attn = Attention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(*norm)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x_BTD: Array, angles_BTh: Array, subtree_end_BT: Array) -> Array:
+        h = x_BTD + self.self_attn(self.input_layernorm(x_BTD), angles_BTh, subtree_end_BT)
+        return constrain(h + self.mlp(self.post_attention_layernorm(h)), "rows", "tokens", "hidden")

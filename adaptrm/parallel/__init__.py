@@ -1,0 +1,6 @@
+"""Meshes, shardings and processes."""
+
+from adaptrm.parallel.mesh import local_mesh, make_mesh
+from adaptrm.parallel.sharding import constrain, partition_spec, sharding
+
+__all__ = ["constrain", "local_mesh", "make_mesh", "partition_spec", "sharding"]

@@ -1,0 +1,5 @@
+"""Rule pools."""
+
+from adaptrm.rules.pool import Rule, RulePool
+
+__all__ = ["Rule", "RulePool"]
