@@ -1,6 +1,7 @@
 """Every path a user gives: local, ``gs://``, ``s3://``, ``memory://``; files appear whole or not at all."""
 
 import gzip
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,18 +59,30 @@ def remove(path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def reading(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Open for reading bytes, unpacking ``.gz``."""
+def _opened(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     fs, inner = _split(path)
     if not fs.isfile(inner):
         what = "is a folder, not a file" if fs.isdir(inner) else "does not exist"
         raise InputError(f"{path}: {what}; check the path")
-    with fs.open(inner, "rb") as raw:
+    with fs.open(inner, "rb") as stream:
+        yield stream
+
+
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Open for reading bytes, unpacking ``.gz``."""
+    with _opened(path) as raw:
         if str(path).endswith(".gz"):
             with gzip.open(raw, "rb") as unpacked:
                 yield unpacked
         else:
             yield raw
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Of a file's bytes as they are stored."""
+    with _opened(path) as raw:
+        return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

@@ -18,7 +18,7 @@ def tree_attention(
     subtree_end: Int32[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens heads dim"]:
     """Attention along the paths of packed prefix trees, softmax and sums in float32, result in q's dtype."""
-    batch, tokens, heads, dim = q.shape
+    batch, tokens, _, dim = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], -1, dim).astype(jnp.float32)
     logits = jnp.einsum("bikgh,bjkh->bkgij", grouped, k.astype(jnp.float32)) * dim**-0.5
     logits = jnp.where(visible(subtree_end)[:, None, None], logits, -jnp.inf)

@@ -114,9 +114,10 @@ class ChatTokenizer:
         """Token ids of a conversation: those of ``apply_chat_template`` where no message holds special tokens."""
         return self.encode(self.render(messages, add_generation_prompt))
 
-    def save(self, folder: str | os.PathLike, pad_token: str) -> None:
+    def save(self, folder: str | os.PathLike, pad_token: str | None) -> None:
         """Write the tokenizer so that transformers 4 and 5 read it, with the pad token and the date frozen."""
-        self.tokenizer.pad_token = pad_token
+        if pad_token is not None:
+            self.tokenizer.pad_token = pad_token
         template = self.tokenizer.chat_template
         frozen = f'{{%- set date_string = "{DATE}" %}}'
         if "date_string" in template and not template.startswith(frozen):

@@ -118,14 +118,14 @@ def pairs_of_row(row: Mapping[str, Any], where: str) -> Iterator[Pair]:
         preferred = row.get("preferred")
         if preferred not in ("a", "b", None):
             raise InputError(f"{where}: preferred is {preferred!r}; it must be a, b or null")
-        prompt = _prompt(row.get("prompt"), where)
-        a, b = (_response(row[name], name, where) for name in ("response_a", "response_b"))
+        prompt = check_prompt(row.get("prompt"), where)
+        a, b = (check_response(row[name], name, where) for name in ("response_a", "response_b"))
         yield Pair(row_id, prompt, a, b, preferred, subset)
     elif "chosen_list" in row and "rejected_list" in row:
-        prompt = _prompt(row.get("prompt"), where)
+        prompt = check_prompt(row.get("prompt"), where)
         for i, chosen in enumerate(row["chosen_list"]):
             for j, rejected in enumerate(row["rejected_list"]):
-                a, b = _response(chosen, "chosen_list", where), _response(rejected, "rejected_list", where)
+                a, b = check_response(chosen, "chosen_list", where), check_response(rejected, "rejected_list", where)
                 yield Pair(f"{row_id}#{i}-{j}", prompt, a, b, "a", subset)
     elif "chosen" in row and "rejected" in row:
         prompt, a, b = _chosen_rejected(row, where)
@@ -140,7 +140,7 @@ def _chosen_rejected(row, where: str):
     if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
         chosen, rejected = _dialogue(chosen, where), _dialogue(rejected, where)
     if isinstance(chosen, list) and isinstance(rejected, list):
-        chosen, rejected = _messages(chosen, "chosen", where), _messages(rejected, "rejected", where)
+        chosen, rejected = check_messages(chosen, "chosen", where), check_messages(rejected, "rejected", where)
         shared = 0
         if prompt is None:
             while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -151,21 +151,27 @@ def _chosen_rejected(row, where: str):
         if len(chosen) != shared + 1 or len(rejected) != shared + 1:
             raise InputError(f"{where}: chosen and rejected must differ in their last message alone")
         chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
-    return _prompt(prompt, where), _response(chosen, "chosen", where), _response(rejected, "rejected", where)
+    return (
+        check_prompt(prompt, where),
+        check_response(chosen, "chosen", where),
+        check_response(rejected, "rejected", where),
+    )
 
 
-def _prompt(value, where: str) -> tuple[Mapping[str, str], ...]:
+def check_prompt(value, where: str) -> tuple[Mapping[str, str], ...]:
+    """A prompt as messages, the last one of the user; a text is one message."""
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
     if not isinstance(value, list | tuple) or not value:
         raise InputError(f"{where}: prompt is missing or empty; give a text or a list of messages")
-    messages = _messages(value, "prompt", where)
+    messages = check_messages(value, "prompt", where)
     if messages[-1]["role"] != "user":
         raise InputError(f"{where}: the last message of prompt is of the {messages[-1]['role']}; it must be the user's")
     return messages
 
 
-def _messages(value, name: str, where: str) -> tuple[Mapping[str, str], ...]:
+def check_messages(value, name: str, where: str) -> tuple[Mapping[str, str], ...]:
+    """A list of messages, each with a known role and a text."""
     for message in value:
         good = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not good or message.get("role") not in ROLES:
@@ -173,7 +179,8 @@ def _messages(value, name: str, where: str) -> tuple[Mapping[str, str], ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 
 
-def _response(value, name: str, where: str) -> str:
+def check_response(value, name: str, where: str) -> str:
+    """A text that is not empty."""
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: {name} is empty or no text; drop the row or mend it")
     return value

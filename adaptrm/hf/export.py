@@ -62,37 +62,25 @@ def _to_host(value: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(value, tiled=True)
 
 
-def classifier_config(raw: dict[str, Any], *, vocab_size: int, pad_token_id: int, labels: list[str], dtype: str):
-    """The ``config.json`` of a sequence classifier, from that of the model it started from.
+def model_config(raw: dict[str, Any], num_labels: int | None, **fields: Any) -> dict[str, Any]:
+    """The ``config.json`` of what we trained, from that of the model it started from, for transformers 4 and 5.
 
-    Written so that transformers 4 and 5 both read it.
+    Args:
+        num_labels: of a sequence classifier; None for a causal language model.
+        fields: to set, such as ``pad_token_id``, ``vocab_size`` and ``torch_dtype``.
     """
     rope = dict(raw.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     scaling = rope if rope.get("rope_type", "default") != "default" else raw.get("rope_scaling")
-    dropped = ("rope_parameters", "dtype", "_name_or_path", "_model_name_or_path", "auto_map")
-    kept = {k: v for k, v in raw.items() if k not in dropped}
+    # transformers 5 writes rope_parameters and dtype; transformers 4 reads the older names, and 5 reads those too.
+    dropped = ("rope_parameters", "dtype", "_name_or_path", "_model_name_or_path", "auto_map", "transformers_version")
+    kept = {k: v for k, v in raw.items() if k not in (*dropped, "id2label", "label2id")}
     family = {"llama": "Llama"}[raw["model_type"]]
-    return kept | {
-        "architectures": [f"{family}ForSequenceClassification"],
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-        "pad_token_id": pad_token_id,
-        "vocab_size": vocab_size,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "torch_dtype": dtype,
-    }
-
-
-def causal_lm_config(raw: dict[str, Any], *, dtype: str) -> dict[str, Any]:
-    """The ``config.json`` of a causal language model that we trained further, for transformers 4 and 5."""
-    plain = classifier_config(
-        raw, vocab_size=raw["vocab_size"], pad_token_id=raw.get("pad_token_id"), labels=[], dtype=dtype
-    )
-    family = plain["architectures"][0].removesuffix("ForSequenceClassification")
-    plain["architectures"] = [f"{family}ForCausalLM"]
-    return {k: v for k, v in plain.items() if k not in ("id2label", "label2id")}
+    labels = {} if num_labels is None else {f"LABEL_{i}": i for i in range(num_labels)}
+    if num_labels is not None:
+        kept |= {"id2label": {str(i): label for label, i in labels.items()}, "label2id": labels}
+    task = "ForCausalLM" if num_labels is None else "ForSequenceClassification"
+    return kept | {"architectures": [family + task], "rope_theta": theta, "rope_scaling": scaling, **fields}
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -17,7 +17,7 @@ from adaptrm.errors import InputError
 from adaptrm.hf.keys import Key, key_table
 from adaptrm.models.config import ModelConfig, read_config_json
 from adaptrm.models.decoder import CausalLM, SequenceClassifier
-from adaptrm.parallel import sharding
+from adaptrm.parallel import place, sharding
 
 
 def resolve_model(model: str | os.PathLike) -> Path:
@@ -170,11 +170,6 @@ def logical_axes(definition: nnx.GraphDef, abstract: nnx.State) -> dict[tuple, t
     if unnamed:
         raise ValueError(f"parameters without logical axes: {unnamed}")
     return axes
-
-
-def place(value: np.ndarray, target: jax.sharding.Sharding) -> jax.Array:
-    """Put a host array on the mesh; every process takes its own slices."""
-    return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
 
 
 def _read(folder: Folder, key: Key, dtype: str | None) -> np.ndarray:

@@ -14,17 +14,13 @@ from jaxtyping import Float32
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import Pair
 from adaptrm.data.scores import Scores
-from adaptrm.hf.load import load_weights, open_folder, place
+from adaptrm.hf.load import load_weights, open_folder
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.models.decoder import CausalLM
 from adaptrm.models.heads import answer_log_probabilities, at_leaves
-from adaptrm.parallel import local_mesh, sharding
-from adaptrm.prefix_tree import PackedRows, PrefixTree, best_fit, pack_rows
+from adaptrm.parallel import local_mesh, read_leaves
+from adaptrm.prefix_tree import PrefixTree
 from adaptrm.rules import RulePool
-
-# Rows come in these lengths and no others, so that few programs are compiled.
-ROW_LENGTHS = tuple(int(2**e * f) for e in range(8, 17) for f in (1, 1.25, 1.5, 1.75))
-LEAVES_STEP = 64
 
 
 class Judge:
@@ -38,8 +34,6 @@ class Judge:
     def __init__(self, definition, state, chat: ChatTokenizer, rules: RulePool, template: str, dtype: str, mesh: Mesh):
         self.rules, self.prompt, self.dtype, self.mesh = rules, JudgePrompt(chat, rules, template), dtype, mesh
         self._definition, self._state = definition, state
-        # Padding rows are cheap only where rows are few: a batch holds one row a device.
-        self._rows_at_once = mesh.shape["data"] * mesh.shape["fsdp"]
         self._signs = np.array([rule.sign for rule in rules], np.float32)
 
     @classmethod
@@ -88,25 +82,9 @@ class Judge:
 
     def read_leaves(self, trees: Sequence[PrefixTree]) -> dict[int, Float32[np.ndarray, "leaves 3"]]:
         """Answer log-probabilities at the leaves of each tree."""
-        packed = self.pack(trees)
-        out = []
-        for start in range(0, len(packed.tokens), self._rows_at_once):
-            rows = slice(start, start + self._rows_at_once)
-            out.append(self._forward(packed, rows))
-        return packed.to_owners(np.concatenate([np.asarray(log_p) for log_p in out]))
-
-    def pack(self, trees: Sequence[PrefixTree]) -> PackedRows:
-        """Rows of the one length that computes the fewest tokens."""
-        lengths = [len(tree) for tree in trees]
-        row_length, rows = choose_row_length(lengths, self._rows_at_once)
-        most = max(sum(len(trees[i].leaves) for i in row) for row in rows)
-        return pack_rows(trees, rows, row_length, -(-most // LEAVES_STEP) * LEAVES_STEP, self._rows_at_once)
-
-    def _forward(self, packed: PackedRows, rows: slice) -> jax.Array:
-        arrays = (packed.tokens, packed.positions, packed.subtree_end, packed.leaves)
-        with jax.set_mesh(self.mesh):
-            placed = [place(x[rows], sharding(self.mesh, x[rows].shape, ("rows", "tokens"))) for x in arrays]
-            return _answer_leaves(self._definition, self.prompt.answers, self.dtype, self._state, *placed)
+        return read_leaves(
+            trees, self.mesh, partial(_answer_leaves, self._definition, self.prompt.answers, self.dtype, self._state)
+        )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -114,26 +92,6 @@ def _answer_leaves(definition, answers, dtype, state, tokens, positions, subtree
     model = nnx.merge(definition, state)
     hidden = model.model(tokens, positions, subtree_end, jnp.dtype(dtype))
     return answer_log_probabilities(at_leaves(hidden, leaves), model.unembedding, answers)
-
-
-def choose_row_length(lengths: Sequence[int], rows_at_once: int) -> tuple[int, list[list[int]]]:
-    """The row length that needs the fewest tokens for these trees, and which trees share a row.
-
-    Trees longer than the longest row get a row length of their own, a multiple of it.
-    """
-    longest = max(lengths)
-    steps = [n for n in ROW_LENGTHS if n >= longest] or [-(-longest // ROW_LENGTHS[-1]) * ROW_LENGTHS[-1]]
-    total = sum(lengths)
-    best: tuple[int, int, list[list[int]]] | None = None
-    for row_length in steps[:12]:
-        rows = best_fit(lengths, row_length)
-        computed = -(-len(rows) // rows_at_once) * rows_at_once * row_length
-        if best is None or computed < best[0]:
-            best = computed, row_length, rows
-        if row_length * rows_at_once >= total:
-            break
-    assert best is not None
-    return best[1], best[2]
 
 
 def scores_from_log_probabilities(

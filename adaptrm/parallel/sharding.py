@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # What each dimension of a parameter or an activation is, and the mesh axes that split it.
@@ -56,3 +57,8 @@ def constrain(x: jax.Array, *logical: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, x.shape, logical))
+
+
+def place(value: np.ndarray, target: jax.sharding.Sharding) -> jax.Array:
+    """Put a host array on the mesh; every process takes its own slices of the same array."""
+    return jax.make_array_from_callback(value.shape, target, lambda index: value[index])

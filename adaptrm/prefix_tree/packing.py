@@ -9,6 +9,9 @@ from jaxtyping import Int32
 
 from adaptrm.prefix_tree.tree import PrefixTree
 
+# Rows for scoring come in these lengths and no others, so that few programs are compiled.
+ROW_LENGTHS = tuple(int(2**e * f) for e in range(8, 17) for f in (1, 1.25, 1.5, 1.75))
+
 
 def best_fit(lengths: Sequence[int], row_length: int, max_trees: int | None = None) -> list[list[int]]:
     """Assign trees to rows by best-fit decreasing: the longest first, each to the fullest row that still takes it.
@@ -48,6 +51,31 @@ def best_fit(lengths: Sequence[int], row_length: int, max_trees: int | None = No
             by_room[left].append(row)
             open_rooms |= 1 << left
     return rows
+
+
+def choose_row_length(lengths: Sequence[int], rows_at_once: int) -> tuple[int, list[list[int]]]:
+    """The row length that needs the fewest tokens for these trees, and which trees share a row.
+
+    Args:
+        lengths: tokens of each tree.
+        rows_at_once: rows are computed this many at a time, so their number is filled up to a multiple of it.
+
+    Returns:
+        One of ``ROW_LENGTHS`` (a multiple of the longest where a tree is longer still), and the trees of each row.
+    """
+    longest = max(lengths)
+    steps = [n for n in ROW_LENGTHS if n >= longest] or [-(-longest // ROW_LENGTHS[-1]) * ROW_LENGTHS[-1]]
+    total = sum(lengths)
+    best: tuple[int, int, list[list[int]]] | None = None
+    for row_length in steps[:12]:
+        rows = best_fit(lengths, row_length)
+        computed = -(-len(rows) // rows_at_once) * rows_at_once * row_length
+        if best is None or computed < best[0]:
+            best = computed, row_length, rows
+        if row_length * rows_at_once >= total:
+            break
+    assert best is not None
+    return best[1], best[2]
 
 
 @dataclass(frozen=True, eq=False)

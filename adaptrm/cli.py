@@ -1,0 +1,235 @@
+"""The verbs: parse, call, print. No logic, and nothing heavy imported before it is needed."""
+
+import json
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from adaptrm import __version__
+from adaptrm.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Label preference pairs by the safety rules that tell the two responses apart, train reward models on them.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class Verb(StrEnum):
+    reward = "reward"
+    judge = "judge"
+
+
+class Suite(StrEnum):
+    pairs = "pairs"
+
+
+class Template(StrEnum):
+    conversation_first = "conversation-first"
+
+
+class Strategy(StrEnum):
+    max_discrepancy = "max-discrepancy"
+    all = "all"
+    random = "random"
+    fixed = "fixed"
+    relevance = "relevance"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for everything it makes.")] = "adaptrm-demo",
+    as_json: Json = False,
+) -> None:
+    """Run the whole chain at tiny scale, on a CPU, with no downloads."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the demo asks no hub for anything
+    from adaptrm.demo.run import run_demo
+
+    show(run_demo(out), as_json)
+
+
+@app.command()
+def score(
+    pairs: Annotated[str, typer.Option(help="Pairs: JSONL, JSONL.gz or Parquet.")],
+    judge: Annotated[str, typer.Option(help="Causal language model: a folder, a hub name or a run of train judge.")],
+    rules: Annotated[str, typer.Option(help="Rule pool: a name or a YAML file.")],
+    out: Annotated[str, typer.Option(help="Score folder; an unfinished one goes on.")],
+    template: Annotated[Template, typer.Option(help="Order of the judge prompt.")] = Template.conversation_first,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the judge.")] = Dtype.float32,
+    part_size: Annotated[int, typer.Option(min=1, help="Pairs a part; a rerun goes on by whole parts.")] = 256,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count tokens and predict the time, write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Score both responses of every pair against every rule."""
+    from adaptrm.judge.score import ScoreJob
+    from adaptrm.judge.score import dry_run as predict
+    from adaptrm.judge.score import score as run
+
+    job = ScoreJob(pairs, judge, rules, out, template.value, dtype.value, part_size)
+    show(predict(job) if dry_run else run(job), as_json)
+
+
+@app.command()
+def label(
+    scores: Annotated[str, typer.Option(help="Score folder.")],
+    out: Annotated[str, typer.Option(help="Label file: JSONL or Parquet by its name.")],
+    pairs: Annotated[str | None, typer.Option(help="The scored pairs, where they have moved.")] = None,
+    strategy: Annotated[Strategy, typer.Option(help="How rules are selected.")] = Strategy.max_discrepancy,
+    k: Annotated[int, typer.Option(help="Rules a pair.")] = 5,
+    discrepancy_weight: Annotated[float, typer.Option(help="Weight of |a - b| beside relevance.")] = 0.5,
+    rule: Annotated[list[str] | None, typer.Option(help="A rule id, for strategy fixed; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="For strategy random.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Select the rules that decide each pair and label it."""
+    from adaptrm.label import LabelJob
+    from adaptrm.label import label as run
+
+    show(run(LabelJob(scores, out, pairs, strategy.value, k, discrepancy_weight, tuple(rule or ()), seed)), as_json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    ctx: typer.Context,
+    what: Annotated[Verb, typer.Argument(help="What to train.")],
+    config: Annotated[str, typer.Argument(help="A config: a name or a YAML file.")],
+    data: Annotated[str | None, typer.Option(help="Pairs.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Label file, or 'human'; for a judge a rule-label file.")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rule pool of the rule labels.")] = None,
+    model: Annotated[str | None, typer.Option(help="Start from this model.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder; an unfinished run goes on. [runs/CONFIG]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a reward model or a judge; any option of the config as --section.key VALUE."""
+    from pathlib import Path
+
+    from adaptrm.config import load_options
+
+    named = {"data.pairs": data, "data.labels": labels, "data.rules": rules, "model.pretrained": model}
+    overrides = dotted(ctx.args) | {key: value for key, value in named.items() if value is not None}
+    options = load_options(config, what.value, overrides)
+    from adaptrm.parallel.distributed import start_processes
+
+    start_processes()
+    from adaptrm.train.run import train as run
+
+    show(run(what.value, options, out or f"runs/{Path(config).stem}"), as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Reward model: a folder, a hub name or a run of train reward.")],
+    data: Annotated[str, typer.Option(help="Pairs that people labelled.")],
+    out: Annotated[str, typer.Option(help="FILE.json; FILE.rows.parquet is written beside it.")],
+    suite: Annotated[Suite, typer.Option(help="What is measured.")] = Suite.pairs,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the model.")] = Dtype.float32,
+    as_json: Json = False,
+) -> None:
+    """Measure a reward model's accuracy."""
+    from adaptrm.data.preferences import read_pairs
+    from adaptrm.evaluate import evaluate_pairs
+    from adaptrm.reward_model import RewardModel
+
+    scorer = RewardModel.from_pretrained(model, dtype.value).score_pairs
+    pairs = read_pairs(data)
+    show(evaluate_pairs(scorer, pairs, out, model=model, dtype=dtype.value, suite=suite.value), as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder of train.")],
+    out: Annotated[str, typer.Argument(help="Hugging Face folder to write.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read it back and compare what it computes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's latest checkpoint as a Hugging Face folder."""
+    from adaptrm.export import export_run
+    from adaptrm.export import verify as read_back
+
+    folder = export_run(run, out)
+    result: dict[str, Any] = {"export": str(folder)}
+    if verify:
+        result["verified_by"] = read_back(folder)
+    show(result, as_json)
+
+
+def dotted(args: list[str]) -> dict[str, str]:
+    """``--section.key VALUE`` and ``--section.key=VALUE`` as a dictionary."""
+    values: dict[str, str] = {}
+    rest = list(args)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise InputError(f"unexpected argument {flag!r}; options of the config are given as --section.key VALUE")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise InputError(f"--{key}: needs a value")
+            value = rest.pop(0)
+        values[key] = value
+    return values
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result: JSON for machines, a table for people."""
+    picture = result.pop("table", None)
+    if as_json:
+        print(json.dumps(result))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), Text(_readable(value)))  # Text: names of files are no markup
+    console.print(table)
+    if picture is not None:
+        console.print(picture)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "\n".join(f"{k}: {_readable(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_readable, value))
+    return "none" if value is None else str(value)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        print(f"adaptrm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: bad input is one line and exit code 2."""
+    try:
+        app()
+    except InputError as wrong:
+        print(f"adaptrm: {' '.join(str(wrong).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as failed:
+        if type(failed).__name__ != "TrainingFailed":  # its module imports jax; its name does not
+            raise
+        print(f"adaptrm: {failed}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,188 @@
+"""Every option of training: frozen dataclasses, loaded from ``configs/*.yaml``, overridden by flags."""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from adaptrm import paths
+from adaptrm.errors import InputError
+
+STRICT = ConfigDict(extra="forbid")
+VERBS = ("judge", "reward")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScratchOptions:
+    """A model that starts from random weights, and the folder of its tokenizer."""
+
+    tokenizer: str
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 2048
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelOptions:
+    """What is trained: ``pretrained`` (a Hugging Face folder, a hub name or a run) or ``scratch``."""
+
+    pretrained: str | None = None
+    scratch: ScratchOptions | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    remat: Literal["none", "layer"] = "layer"
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataOptions:
+    """What it is trained on, and how examples come in rows."""
+
+    pairs: str | None = None
+    labels: str | None = None
+    rules: str | None = None
+    template: str = "conversation-first"
+    row_length: int = 1024
+    rows_per_step: int = 8
+    exact_batch: bool = False
+    pairs_per_step: int | None = None  # with exact_batch: pairs (or replies) a step, however many rows they take
+    overlong: Literal["fail", "drop"] = "fail"
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerOptions:
+    """AdamW, its schedule and clipping."""
+
+    learning_rate: float = 2e-5
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class MeshOptions:
+    """Sizes of the mesh axes; -1 takes the devices that the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointOptions:
+    every_steps: int = 100
+    keep: int = 2
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainOptions:
+    """One verb's section of a config."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    epochs: int = 1
+    max_steps: int | None = None
+    seed: int = 0
+    log_every_steps: int = 1
+
+
+def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, Any] | None = None) -> TrainOptions:
+    """A verb's options: the config's section, with dotted overrides (``optimizer.learning_rate``) on top.
+
+    Args:
+        config: a name in ``configs/`` or a YAML file.
+        overrides: dotted key -> value; a text value is read as YAML.
+
+    Raises:
+        InputError: no such config, an unknown key (with the nearest known one), or a wrong type.
+    """
+    where, raw = _read(config)
+    if unknown := sorted(set(raw) - set(VERBS)):
+        raise InputError(f"{where}: unknown section {unknown[0]!r}; known: {', '.join(VERBS)}")
+    if verb not in raw:
+        raise InputError(f"{where}: has no section {verb!r}; it has {', '.join(raw) or 'none'}")
+    section = raw[verb] or {}
+    for key, value in (overrides or {}).items():
+        *outer, last = key.split(".")
+        target = section
+        for name in outer:
+            if target.get(name) is None:
+                target[name] = {}
+            target = target[name]
+            if not isinstance(target, dict):
+                raise InputError(f"--{key}: {name} is one value, it has no parts")
+        target[last] = yaml.safe_load(value) if isinstance(value, str) and key not in TEXTS else value
+    return parse_options(section, f"{where}: {verb}")
+
+
+# Options that hold paths and names: never read as YAML, so that a folder called "on" stays a folder.
+TEXTS = ("model.pretrained", "model.scratch.tokenizer", "data.pairs", "data.labels", "data.rules", "data.template")
+
+
+def parse_options(section: Any, where: str) -> TrainOptions:
+    """Validate a section; every message is one line that names the key."""
+    try:
+        return TypeAdapter(TrainOptions).validate_python(section)
+    except ValidationError as wrong:
+        error = wrong.errors()[0]
+        key = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "unexpected_keyword_argument":
+            near = difflib.get_close_matches(str(error["loc"][-1]), _known(error["loc"][:-1]), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_known(error['loc'][:-1]))}"
+            raise InputError(f"{where}.{key}: unknown key; {hint}") from None
+        raise InputError(f"{where}.{key}: {error['msg']}, got {error['input']!r}") from None
+
+
+def to_yaml(verb: str, options: TrainOptions) -> str:
+    """The resolved section, as a config that gives these options again."""
+    return yaml.safe_dump({verb: asdict(options)}, sort_keys=False)
+
+
+def _known(outer: Sequence[Any]) -> list[str]:
+    """Keys of the section that a path leads to."""
+    kind: Any = TrainOptions
+    for name in outer:
+        hint = next(f.type for f in fields(kind) if f.name == name)
+        kind = next(t for t in (hint, *getattr(hint, "__args__", ())) if is_dataclass(t))
+    return [f.name for f in fields(kind)]
+
+
+def config_folder() -> Path:
+    """``configs/``: in the wheel beside this file, in a source checkout beside the package."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def _read(config: str | os.PathLike) -> tuple[str, dict[str, Any]]:
+    named = config_folder() / f"{config}.yaml"
+    if "/" not in str(config) and named.is_file():
+        where, text = str(config), named.read_bytes()
+    elif paths.exists(config) and not paths.is_dir(config):
+        where, text = str(config), paths.read_bytes(config)
+    else:
+        known = ", ".join(sorted(p.stem for p in config_folder().glob("*.yaml")))
+        raise InputError(f"{config}: no such config; give a YAML file or one of: {known}")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as wrong:
+        mark = getattr(wrong, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}{line}: not valid YAML: {getattr(wrong, 'problem', wrong)}") from None
+    if not isinstance(raw, dict) or not all(isinstance(v, dict | None) for v in raw.values()):
+        raise InputError(f"{where}: a config has one section a verb ({', '.join(VERBS)})")
+    return where, raw

@@ -1,0 +1,165 @@
+"""Label files: which response of a pair is chosen, by which rules; and rule labels that people gave."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from adaptrm import paths
+from adaptrm.data.preferences import Pair, check_messages, check_prompt, check_response, hash_id, read_rows
+from adaptrm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Label:
+    """One line of a label file.
+
+    Attributes:
+        rules: ids of the rules that decided.
+        rule_margin: sum of the selected score differences, chosen minus rejected.
+        probability: that chosen is the better one, at least .5.
+    """
+
+    id: str
+    prompt: tuple[Mapping[str, str], ...]
+    chosen: str
+    rejected: str
+    rules: tuple[str, ...]
+    rule_margin: float
+    probability: float
+
+    def to_row(self) -> dict[str, Any]:
+        """TRL's conversational form."""
+        return {
+            "id": self.id,
+            "prompt": [dict(m) for m in self.prompt],
+            "chosen": [{"role": "assistant", "content": self.chosen}],
+            "rejected": [{"role": "assistant", "content": self.rejected}],
+            "rules": list(self.rules),
+            "rule_margin": self.rule_margin,
+            "probability": self.probability,
+        }
+
+
+def write_labels(path: str | os.PathLike, labels: Iterator[Label]) -> int:
+    """Write a label file, JSONL or Parquet by its name, streaming; it appears whole. Returns the number of rows."""
+    count = 0
+    with paths.writing(path) as stream:
+        if not str(path).endswith(".parquet"):
+            for label in labels:
+                stream.write((json.dumps(label.to_row(), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+                count += 1
+            return count
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        schema = pa.schema(
+            [
+                ("id", pa.string()),
+                *((name, message) for name in ("prompt", "chosen", "rejected")),
+                ("rules", pa.list_(pa.string())),
+                ("rule_margin", pa.float64()),
+                ("probability", pa.float64()),
+            ]
+        )
+        with pq.ParquetWriter(stream, schema) as writer:
+            rows: list[dict] = []
+            for label in labels:
+                rows.append(label.to_row())
+                count += 1
+                if len(rows) == 1024:
+                    writer.write_table(pa.Table.from_pylist(rows, schema))
+                    rows = []
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    return count
+
+
+def read_labels(path: str | os.PathLike) -> Iterator[Label]:
+    """Stream a label file.
+
+    Raises:
+        InputError: a row is not a label; names the line.
+    """
+    for where, row in read_rows(path):
+        at = f"{path}: {where}"
+        if not {"id", "prompt", "chosen", "rejected"} <= row.keys():
+            raise InputError(f"{at}: needs id, prompt, chosen, rejected; make label files with adaptrm label")
+        sides = [check_response(_last_text(row[side], side, at), side, at) for side in ("chosen", "rejected")]
+        probability = row.get("probability", 1.0)
+        if not isinstance(probability, int | float) or not 0.5 <= probability <= 1:
+            raise InputError(f"{at}: probability is {probability!r}; it must be .5 to 1")
+        rules = tuple(map(str, row.get("rules") or ()))
+        margin = float(row.get("rule_margin") or 0)
+        yield Label(str(row["id"]), check_prompt(row["prompt"], at), *sides, rules, margin, float(probability))
+
+
+def _last_text(value, name: str, where: str):
+    """The response itself, out of TRL's message list."""
+    return check_messages(value, name, where)[-1]["content"] if isinstance(value, list) and value else value
+
+
+class LabelIndex:
+    """Labels joined to pairs by id: 17 bytes a label in memory.
+
+    For each pair a sign, +1 where response A is chosen, -1 where B is, 0 where there is no label.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        keys, texts = [], []
+        for label in read_labels(path):
+            keys.append(hash_id(label.id))
+            texts.append(hash_id(label.chosen))
+        order = np.argsort(np.asarray(keys, np.uint64), kind="stable")
+        self._keys, self._chosen = np.asarray(keys, np.uint64)[order], np.asarray(texts, np.uint64)[order]
+        self._used = np.zeros(len(keys), bool)
+        if len(np.unique(self._keys)) < len(keys):
+            raise InputError(f"{path}: an id is repeated; a pair has one label")
+
+    def sign(self, pair: Pair) -> int:
+        at = int(np.searchsorted(self._keys, np.uint64(hash_id(pair.id))))
+        if at == len(self._keys) or int(self._keys[at]) != hash_id(pair.id):
+            return 0
+        self._used[at] = True
+        chosen = int(self._chosen[at])
+        if chosen == hash_id(pair.response_a):
+            return 1
+        if chosen == hash_id(pair.response_b):
+            return -1
+        raise InputError(
+            f"{self.path}: the chosen response of {pair.id!r} is neither response of the pair; label again"
+        )
+
+    @property
+    def unused(self) -> int:
+        """Labels whose pair has not come by."""
+        return int((~self._used).sum())
+
+
+@dataclass(frozen=True)
+class RuleLabel:
+    """People's verdicts on one reply: rule id -> true, false, or None where the rule does not apply."""
+
+    id: str
+    prompt: tuple[Mapping[str, str], ...]
+    response: str
+    labels: Mapping[str, bool | None]
+
+
+def read_rule_labels(path: str | os.PathLike) -> Iterator[RuleLabel]:
+    """Stream a rule-label file ``{id, prompt, response, labels: {rule_id: true|false|null}}``.
+
+    Raises:
+        InputError: a row is not one; names the line.
+    """
+    for where, row in read_rows(path):
+        at = f"{path}: {where}"
+        labels = row.get("labels")
+        if not isinstance(labels, Mapping) or not all(value in (True, False, None) for value in labels.values()):
+            raise InputError(f"{at}: labels must map rule ids to true, false or null")
+        prompt, response = check_prompt(row.get("prompt"), at), check_response(row.get("response"), "response", at)
+        yield RuleLabel(str(row.get("id", where)), prompt, response, dict(labels))

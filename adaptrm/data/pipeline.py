@@ -1,0 +1,95 @@
+"""Examples to device: trees kept on local disk, read in rows by the plan, prefetched by Grain."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from adaptrm.data.plan import Plan
+from adaptrm.prefix_tree import PrefixTree, pack_rows
+
+Row = Mapping[str, np.ndarray]
+
+
+class TreeStore:
+    """Trees with a target and a weight a leaf, in a temporary file; 16 bytes an example stay in memory."""
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the store
+        self._offsets: list[int] = [0]
+        self.lengths: list[int] = []
+        self.leaves: list[int] = []
+        self._words: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def append(self, tree: PrefixTree, targets: Sequence[float], weights: Sequence[float]) -> None:
+        parts = (tree.tokens, tree.positions, tree.subtree_end, tree.leaves)
+        floats = [np.asarray(x, np.float32).view(np.int32) for x in (targets, weights)]
+        record = np.concatenate([*parts, *floats])
+        self._file.write(record.tobytes())
+        self._offsets.append(self._offsets[-1] + len(record))
+        self.lengths.append(len(tree))
+        self.leaves.append(len(tree.leaves))
+
+    def freeze(self) -> "TreeStore":
+        """End of writing: lists become arrays, the file a memory map."""
+        self._file.flush()
+        self._words = np.memmap(self._file, np.int32, "r") if len(self) else np.zeros(0, np.int32)
+        self._offsets = np.asarray(self._offsets, np.int64)
+        self.lengths, self.leaves = np.asarray(self.lengths, np.int32), np.asarray(self.leaves, np.int32)
+        return self
+
+    def __getitem__(self, index: int) -> tuple[PrefixTree, np.ndarray, np.ndarray]:
+        words = np.asarray(self._words[self._offsets[index] : self._offsets[index + 1]])
+        size, leaves = int(self.lengths[index]), int(self.leaves[index])
+        arrays = np.split(words, [size, 2 * size, 3 * size, 3 * size + leaves, 3 * size + 2 * leaves])
+        return PrefixTree(*arrays[:4]), arrays[4].view(np.float32), arrays[5].view(np.float32)
+
+
+class RowSource:
+    """Random access to the rows of a plan: element i is one of this process's rows.
+
+    Args:
+        rows: which rows of every step this process needs.
+        start, stop: steps.
+    """
+
+    def __init__(self, store: TreeStore, plan: Plan, rows: Sequence[int], start: int, stop: int):
+        self._store, self._plan, self._rows, self._start, self._stop = store, plan, list(rows), start, stop
+
+    def __len__(self) -> int:
+        return (self._stop - self._start) * len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        step, position = divmod(int(index), len(self._rows))
+        return self._row(self._plan.row(self._start + step, self._rows[position]))
+
+    def _row(self, members: Sequence[int]) -> Row:
+        options, room = self._plan.options, self._plan.max_leaves
+        examples = [self._store[index] for index in members]
+        trees = [tree for tree, _, _ in examples]
+        packed = pack_rows(trees, [range(len(trees))], options.row_length, room)
+        row = {name: getattr(packed, name)[0] for name in ("tokens", "positions", "subtree_end", "leaves")}
+        for name, column in (("targets", 1), ("weights", 2)):
+            row[name] = np.zeros(room, np.float32)
+            values = np.concatenate([example[column] for example in examples]) if examples else ()
+            row[name][: len(values)] = values
+        return row
+
+
+def batches(source: RowSource, rows: int) -> Iterator[Row]:
+    """Batches of ``rows`` rows in order, read ahead by Grain's threads.
+
+    Accelerator images often lack Grain; there the rows are read in line.
+    """
+    try:
+        import grain
+    except ImportError:
+        for start in range(0, len(source), rows):
+            members = [source[start + i] for i in range(rows)]
+            yield {name: np.stack([m[name] for m in members]) for name in members[0]}
+        return
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * rows)
+    yield from grain.MapDataset.source(source).to_iter_dataset(options).batch(rows)

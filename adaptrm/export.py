@@ -1,0 +1,110 @@
+"""``adaptrm export``: a run as a Hugging Face folder, read back and compared."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adaptrm.data.chat import ChatTokenizer
+from adaptrm.data.chat_trees import conversation_tree
+from adaptrm.errors import InputError
+from adaptrm.hf.load import load_weights, open_folder
+from adaptrm.models import CausalLM, SequenceClassifier
+from adaptrm.models.heads import at_leaves, label_logits
+from adaptrm.parallel import local_mesh, make_mesh, read_leaves
+from adaptrm.train.run import open_run
+from adaptrm.train.save import save_model
+
+# Texts of several lengths, scripts and turns; what is compared is arithmetic, not meaning.
+PROBES = (
+    [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello! How can I help?"}],
+    [
+        {"role": "user", "content": "Is this plant safe for my cat?"},
+        {"role": "assistant", "content": "Which plant?"},
+        {"role": "user", "content": "A lily — «lys», ユリ."},
+        {"role": "assistant", "content": "No, lilies are dangerous to cats. Keep it out of reach and call a vet."},
+    ],
+    [{"role": "user", "content": "Count to thirty."}, {"role": "assistant", "content": " ".join(map(str, range(30)))}],
+)
+TOLERANCE = 1e-4
+
+
+def export_run(run: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Write the latest checkpoint of a run as a Hugging Face folder.
+
+    Raises:
+        InputError: not a run, no checkpoint, or the folder holds another model.
+    """
+    start = open_run(run)
+    if Path(out).exists() and any(Path(out).iterdir()) and not (Path(out) / "config.json").is_file():
+        raise InputError(f"{out}: is not empty and not a model folder; give another one")
+    mesh = make_mesh()
+    _, params = start.checkpoint(Path(run), mesh)
+    save_model(out, params, start.raw, start.chat, start.pad, start.name)
+    return Path(out)
+
+
+def verify(out: str | os.PathLike) -> dict[str, float]:
+    """Read a model folder back and compare what it computes.
+
+    Returns:
+        Largest difference, by reader: ``adaptrm`` (prefix trees against separate sequences) always,
+        ``transformers`` where torch is installed. Rewards of a reward model, next-token log-probabilities of a judge.
+
+    Raises:
+        RuntimeError: a difference is above the tolerance.
+    """
+    folder = open_folder(out)
+    chat = ChatTokenizer.from_folder(folder.path)
+    model_type = SequenceClassifier if folder.is_classifier else CausalLM
+    mesh = local_mesh()
+    definition, params, _ = load_weights(folder, model_type, mesh, dtype="float32")
+    pad_id = folder.raw.get("pad_token_id") if folder.is_classifier else None
+
+    @jax.jit
+    def program(tokens, positions, subtree_end, leaves):
+        model = nnx.merge(definition, params)
+        hidden = at_leaves(model.model(tokens, positions, subtree_end, jnp.float32), leaves)
+        if folder.is_classifier:
+            return label_logits(hidden, model.score.weight[...])
+        return jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", hidden, model.unembedding), axis=-1)
+
+    trees = [conversation_tree(chat, [probe], pad_id) for probe in PROBES]
+    packed = read_leaves(trees, mesh, program)
+    ours = np.concatenate([packed[i] for i in range(len(trees))])
+    alone = np.concatenate([read_leaves([tree], mesh, program)[0] for tree in trees])
+    found = {"adaptrm": _difference(ours, alone)}
+    if importlib.util.find_spec("torch") is not None:
+        found["transformers"] = _difference(ours, _transformers(folder.path, folder.is_classifier))
+    for reader, difference in found.items():
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"{out}: read by {reader} it computes something else, by {difference:.2e}")
+    return found
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
+
+
+def _transformers(folder: Path, is_classifier: bool) -> np.ndarray:
+    """What transformers computes for the probes: rewards in one padded batch, or log-probabilities one by one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    kind = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    model = kind.from_pretrained(folder).float().eval()
+    texts = [tokenizer.apply_chat_template(probe, tokenize=False) for probe in PROBES]
+    with torch.no_grad():
+        if is_classifier:
+            batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+            batch.pop("token_type_ids", None)
+            return model(**batch).logits.numpy()
+        ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in texts]
+        return np.concatenate([model(one).logits[:, -1].log_softmax(-1).numpy() for one in ids])

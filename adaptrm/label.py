@@ -1,0 +1,107 @@
+"""``adaptrm label``: a score folder and its pairs to a label file."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from adaptrm import paths
+from adaptrm.data.labels import Label, write_labels
+from adaptrm.data.preferences import read_pairs
+from adaptrm.data.scores import read_manifest, read_parts
+from adaptrm.errors import InputError
+from adaptrm.selection import select
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """What ``adaptrm label`` is asked for.
+
+    Attributes:
+        pairs: where the pairs lie now; None takes the manifest's word.
+        rules: ids for strategy ``fixed``.
+    """
+
+    scores: str
+    out: str
+    pairs: str | None = None
+    strategy: str = "max-discrepancy"
+    k: int = 5
+    discrepancy_weight: float = 0.5
+    rules: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def label(job: LabelJob) -> dict[str, Any]:
+    """Select rules, label the pairs and write the labels; ties are left out and counted.
+
+    Returns:
+        Pairs, labels, ties, agreement with the pairs' own ``preferred`` (None where they have none), the rules that
+        decided most often.
+
+    Raises:
+        InputError: scores and pairs do not belong together, or an argument is wrong.
+    """
+    manifest = read_manifest(job.scores)
+    source = job.pairs or manifest["pairs"]
+    if (found := paths.sha256(source)) != manifest["pairs_sha256"]:
+        raise InputError(
+            f"{source}: not the pairs that {job.scores} was made of (SHA-256 {found[:12]}..., there "
+            f"{manifest['pairs_sha256'][:12]}...); give --pairs with the file that was scored, or score again"
+        )
+    rule_ids = list(manifest["rules"])
+    if unknown := [rule for rule in job.rules if rule not in rule_ids]:
+        raise InputError(f"{job.scores}: has no rule {unknown[0]!r}; its rules are in manifest.json")
+    fixed = [rule_ids.index(rule) for rule in job.rules] or None
+    counts: Counter[str] = Counter()
+    decided: Counter[str] = Counter()
+
+    def labels() -> Iterator[Label]:
+        stream, row = read_pairs(source), 0
+        for scores in read_parts(job.scores):
+            try:
+                chosen = select(
+                    scores.a,
+                    scores.b,
+                    scores.relevance,
+                    job.strategy,
+                    job.k,
+                    job.discrepancy_weight,
+                    fixed,
+                    seed=job.seed,
+                    ids=scores.ids,
+                    first_row=row,
+                )
+            except ValueError as wrong:
+                raise InputError(f"{job.scores}: {wrong}") from None
+            for i, pair in enumerate(islice(stream, len(scores))):
+                if pair.id != scores.ids[i]:
+                    raise InputError(f"{job.scores}: pair {scores.ids[i]!r} is {pair.id!r} in {source}; score again")
+                counts["pairs"] += 1
+                sign = int(chosen.preferred[i])
+                if sign == 0:
+                    counts["ties"] += 1
+                    continue
+                if pair.preferred is not None:
+                    counts["compared"] += 1
+                    counts["agree"] += (pair.preferred == "a") == (sign > 0)
+                rules = tuple(rule_ids[r] for r in chosen.rules[i])
+                decided.update(rules)
+                sides = (pair.response_a, pair.response_b)[::sign]
+                margin = abs(float(chosen.margin[i]))
+                p = float(chosen.probability[i])
+                yield Label(pair.id, pair.prompt, *sides, rules, margin, max(p, 1 - p))
+            row += len(scores)
+
+    written = write_labels(job.out, labels())
+    return {
+        "labels": str(job.out),
+        "strategy": job.strategy,
+        "pairs": counts["pairs"],
+        "labelled": written,
+        "ties": counts["ties"],
+        "agreement": counts["agree"] / counts["compared"] if counts["compared"] else None,
+        "compared": counts["compared"],
+        "deciding_rules": dict(decided.most_common(10)),
+    }

@@ -1,0 +1,84 @@
+"""Checkpoints of the training state, by Orbax: asynchronous, whole or not at all, restored onto any mesh."""
+
+import logging
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from adaptrm.errors import InputError
+from adaptrm.train.state import TrainState
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The ``checkpoints/`` folder of a run; each holds parameters, optimizer state and the data position."""
+
+    def __init__(self, folder: str | os.PathLike, keep: int = 1):
+        self.folder = Path(folder).absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Save in the background; the checkpoint counts once it is whole."""
+        self._checkpointer.save_checkpointables_async(step, _plain(state), force=True)
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The latest state, onto the shardings of ``like``."""
+        abstract = jax.tree.map(_shape_of, _plain(like))
+        plain = self._load(abstract)
+        opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), plain["optimizer"])
+        step = jax.device_put(np.int32(plain["position"]["step"]), like.step.sharding)
+        return TrainState(step, _fill(like.params, plain["params"]), opt_state)
+
+    def restore_params(self, like: nnx.State) -> nnx.State:
+        """The parameters of the latest checkpoint alone; ``like`` holds shapes with shardings."""
+        return _fill(like, self._load({"params": jax.tree.map(_shape_of, _by_name(like))})["params"])
+
+    def _load(self, abstract: dict) -> dict:
+        try:
+            return self._checkpointer.load_checkpointables(None, abstract)
+        except (ValueError, KeyError) as wrong:
+            reason = str(wrong).splitlines()[0]
+            raise InputError(f"{self.folder}: the checkpoint does not fit this model: {reason}") from None
+
+
+def _plain(state: TrainState) -> dict:
+    """The state under names that outlive our classes."""
+    return {
+        "params": _by_name(state.params),
+        "optimizer": jax.tree.leaves(state.opt_state),
+        "position": {"step": int(state.step)},
+    }
+
+
+def _by_name(params: nnx.State) -> dict[str, jax.Array]:
+    return {".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(params)}
+
+
+def _fill(params: nnx.State, values: dict[str, jax.Array]) -> nnx.State:
+    return nnx.from_flat_state(
+        [(path, param.replace(values[".".join(map(str, path))])) for path, param in nnx.to_flat_state(params)]
+    )
+
+
+def _shape_of(leaf):
+    if isinstance(leaf, int):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -1,0 +1,99 @@
+"""The training loop: batches in, metrics out one step late, checkpoints on the way."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from adaptrm.config import TrainOptions
+from adaptrm.data.pipeline import RowSource, TreeStore, batches
+from adaptrm.data.plan import Plan
+from adaptrm.parallel import sharding
+from adaptrm.progress import progress
+from adaptrm.train.checkpoint import Checkpoints
+from adaptrm.train.metrics import MetricsLog
+from adaptrm.train.state import TrainState
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the last checkpoint is kept."""
+
+
+def device_batches(store: TreeStore, plan: Plan, mesh: Mesh, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+    """The batches of steps start to stop, spread over the mesh; each process reads the rows its devices hold."""
+    count = plan.rows_per_step
+    layout = sharding(mesh, (count, 1), ("rows", "tokens"))
+    held = layout.addressable_devices_indices_map((count, 1)).values()
+    mine = sorted({row for index in held for row in range(*index[0].indices(count))})
+    place_of = {row: at for at, row in enumerate(mine)}
+
+    def to_device(local: np.ndarray) -> jax.Array:
+        shape = (count, local.shape[1])
+        pick = lambda index: local[[place_of[row] for row in range(*index[0].indices(count))], index[1]]  # noqa: E731
+        return jax.make_array_from_callback(shape, sharding(mesh, shape, ("rows", "tokens")), pick)
+
+    for rows in batches(RowSource(store, plan, mine, start, stop), len(mine)):
+        yield {name: to_device(local) for name, local in rows.items()}
+
+
+def run_steps(
+    step_fn: Callable,
+    state: TrainState,
+    store: TreeStore,
+    plan: Plan,
+    mesh: Mesh,
+    options: TrainOptions,
+    steps: int,
+    out: Path,
+    unit: str,
+) -> TrainState:
+    """Train up to ``steps``, from where the newest checkpoint stands.
+
+    Args:
+        unit: what an example is called in the metrics (pairs, replies).
+
+    Raises:
+        TrainingFailed: a loss or gradient is not finite.
+    """
+    with Checkpoints(out / "checkpoints", options.checkpoint.keep) as checkpoints:
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(state)
+        start = int(state.step)
+        log = MetricsLog(out / "metrics.jsonl", start) if jax.process_index() == 0 else None
+        with jax.set_mesh(mesh), progress("train", "steps", steps - start) as shown:
+            pending, clock = None, time.perf_counter()
+            feed = device_batches(store, plan, mesh, start, steps)
+            for number in range(start + 1, steps + 1):
+                state, metrics = step_fn(state, next(feed))
+                # Reading step n while step n + 1 runs: the device never waits for the host.
+                if pending is not None:
+                    clock = _report(*pending, plan, options, log, shown, clock, unit)
+                pending = (number, metrics)
+                if number % options.checkpoint.every_steps == 0 or number == steps:
+                    clock = _report(*pending, plan, options, log, shown, clock, unit)
+                    pending = None
+                    checkpoints.save(number, state)
+            if log is not None:
+                log.close()
+    return state
+
+
+def _report(number, metrics, plan: Plan, options: TrainOptions, log, shown, clock: float, unit: str) -> float:
+    """Read a step's metrics (waits for it), write and show them; stop where they are not finite."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    now = time.perf_counter()
+    if not values.pop("finite"):
+        raise TrainingFailed(
+            f"step {number}: the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
+            f"{values['grad_norm']}); the last checkpoint is kept, lower optimizer.learning_rate and start again"
+        )
+    tokens, examples = plan.step_size(number - 1)
+    line = {"step": number, "epoch": (number - 1) // plan.steps_per_epoch, **values, unit: examples}
+    line |= {"tokens_per_second": tokens / (now - clock), f"{unit}_per_second": examples / (now - clock)}
+    if log is not None and number % options.log_every_steps == 0:
+        log.write(line)
+    shown.advance(1, f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.3f}")
+    return now

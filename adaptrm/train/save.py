@@ -1,0 +1,79 @@
+"""A trained model as a Hugging Face folder that other tools read."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from adaptrm import paths
+from adaptrm.data.chat import ChatTokenizer
+from adaptrm.hf.export import model_config, save_weights, write_json
+
+CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags: [adaptrm, {tag}]
+{base}---
+
+# {title}
+
+{what} Trained with [adaptrm](https://pypi.org/project/adaptrm/), a JAX stack that labels preference pairs by the
+safety rules that tell the two responses apart.
+
+- Started from: {start}.
+- Weights: {dtype}. Scores are meant in that precision; quantised or bfloat16 evaluation makes ties.
+- Chat template: the one in this folder, with its date frozen. Score exactly what it renders.
+{pad}
+Limits: it reflects the judge, the rules and the pairs that it was trained with, and says nothing of texts unlike them.
+"""
+
+
+def save_model(
+    out: str | os.PathLike,
+    params: nnx.State,
+    raw: dict[str, Any],
+    chat: ChatTokenizer,
+    pad: tuple[str | None, int | None],
+    base_model: str | None = None,
+) -> None:
+    """Write weights, config, tokenizer with its chat template, and model card; process 0 writes.
+
+    Args:
+        raw: the ``config.json`` of the model it started from.
+        pad: pad token and its id; transformers pools a reward at the last token that is not pad.
+        base_model: the model it started from, for the card.
+    """
+    flat = dict(nnx.to_flat_state(params))
+    embedding, head = flat[("model", "embed_tokens", "weight")], flat.get(("score", "weight"))
+    save_weights(params, out)
+    if jax.process_index() > 0:
+        return
+    dtype = str(embedding.dtype)
+    fields = {"vocab_size": embedding.shape[0], "torch_dtype": dtype}
+    if pad[1] is not None:
+        fields["pad_token_id"] = pad[1]
+    chat.save(out, pad[0])
+    paths.write_bytes(paths.join(out, "README.md"), _card(head is not None, base_model, dtype, pad).encode())
+    # Last: a folder with a config.json is a whole one.
+    write_json(Path(out) / "config.json", model_config(raw, None if head is None else head.shape[0], **fields))
+
+
+def _card(is_reward: bool, base_model: str | None, dtype: str, pad: tuple[str | None, int | None]) -> str:
+    named = base_model is not None and base_model.count("/") == 1 and not Path(base_model).exists()
+    what = (
+        "A reward model: one score a conversation, higher is better; only differences at one prompt mean anything."
+        if is_reward
+        else "A judge: asked about a statement on a response, it answers Yes, No or Neither."
+    )
+    return CARD.format(
+        task="text-classification" if is_reward else "text-generation",
+        tag="reward-model" if is_reward else "judge",
+        base=f"base_model: {base_model}\n" if named else "",
+        title="Reward model" if is_reward else "Rule judge",
+        what=what,
+        start="random weights" if base_model is None else base_model if named else Path(base_model).name,
+        dtype=dtype,
+        pad="" if pad[0] is None else f"- Pad token: `{pad[0]}` (id {pad[1]}); it never ends a conversation.\n",
+    )

@@ -1,0 +1,68 @@
+"""One optimizer step over a batch of packed rows, as one jitted program."""
+
+from functools import lru_cache
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from adaptrm.config import OptimizerOptions
+from adaptrm.models.decoder import Remat
+from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
+from adaptrm.train.losses import LOSSES
+from adaptrm.train.optimizer import learning_rate, make_optimizer
+from adaptrm.train.state import TrainState
+
+Kind = Literal["reward", "judge"]
+Answers = tuple[tuple[int, ...], ...]
+
+
+def loss_sums(kind: Kind, definition: nnx.GraphDef, params, batch, answers: Answers | None, dtype, remat: Remat):
+    """The loss of a batch as sums, so that rows may be spread over devices."""
+    model = nnx.merge(definition, params)
+    hidden = model.model(batch["tokens"], batch["positions"], batch["subtree_end"], jnp.dtype(dtype), remat)
+    hidden = at_leaves(hidden, batch["leaves"])
+    if kind == "judge":
+        read = answer_log_probabilities(hidden, model.unembedding, answers)
+    else:
+        read = label_logits(hidden, model.score.weight[...])[..., 0]
+    return LOSSES[kind](read, batch["targets"], batch["weights"])
+
+
+@lru_cache(maxsize=8)
+def make_step(
+    kind: Kind,
+    definition: nnx.GraphDef,
+    optimizer_options: OptimizerOptions,
+    steps: int,
+    answers: Answers | None,
+    dtype: str,
+    remat: Remat,
+):
+    """The jitted step; runs that differ in their data alone share one compiled program.
+
+    Returns:
+        ``step(state, batch) -> (state, metrics)``; the state is donated. A step whose loss or gradient is not finite
+        leaves parameters and optimizer as they are and says so in ``metrics["finite"]``.
+    """
+    optimizer = make_optimizer(optimizer_options, steps)
+    schedule = learning_rate(optimizer_options, steps)
+
+    def step(state: TrainState, batch):
+        def loss(params):
+            sums = loss_sums(kind, definition, params, batch, answers, dtype, remat)
+            mean = {name: value / jnp.maximum(sums["weight"], 1e-9) for name, value in sums.items()}
+            return mean["loss"], mean | {"weight": sums["weight"]}
+
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        metrics |= {"learning_rate": schedule(state.step), "grad_norm": norm, "finite": finite}
+        return TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state)), metrics
+
+    return jax.jit(step, donate_argnums=0)
