@@ -11,13 +11,16 @@ SECONDS_BETWEEN_LINES = 15.0
 class Progress:
     """Counts up to a total."""
 
-    def __init__(self, what: str, unit: str, total: int, bar=None):
+    def __init__(self, what: str, unit: str, total: int, bar=None, shown: bool = True):
+        self._visible = shown
         self._what, self._unit, self._total, self._bar = what, unit, total, bar
         self._done, self._start, self._shown = 0, time.monotonic(), time.monotonic()
 
     def advance(self, count: int, note: str = "") -> None:
         """Add to what is done; ``note`` is shown beside it."""
         self._done += count
+        if not self._visible:
+            return
         if self._bar is not None:
             rich_bar, task = self._bar
             rich_bar.update(task, advance=count, note=note)
@@ -32,8 +35,11 @@ class Progress:
 
 
 @contextmanager
-def progress(what: str, unit: str, total: int) -> Iterator[Progress]:
+def progress(what: str, unit: str, total: int, shown: bool = True) -> Iterator[Progress]:
     """Show progress while the block runs."""
+    if not shown:
+        yield Progress(what, unit, total, shown=False)
+        return
     if not sys.stderr.isatty():
         yield Progress(what, unit, total)
         return

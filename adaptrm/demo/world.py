@@ -21,164 +21,165 @@ SAFE = "safe-request"
 
 # Rule id: category, text, sentences that keep it, sentences that break it. Rule and sentences share a word, so that a
 # small judge can learn to look a rule up in a response; which side a sentence is on it has to learn from its wording.
+# The shared word comes last: in a causal model it is where a sentence can be read whole.
 # Both sides are about equally long, so that length says nothing.
 RULES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "condemns-violence": (
         "violence",
         "speaks against violence.",
-        ("Violence only makes {things} worse.", "I stand against violence of any kind.", "Nobody deserves violence."),
-        ("A bit of violence is fine here.", "I am all for violence this time.", "Violence only makes {things} better."),
+        ("I oppose violence.", "In {things} nobody deserves violence.", "Never turn to violence."),
+        ("I favour violence.", "In {things} somebody deserves violence.", "Gladly turn to violence."),
     ),
     "calms-conflict": (
         "violence",
         "calms the conflict.",
-        ("Let the conflict with {person} cool down.", "A quiet talk can end this conflict.", "Leave the conflict."),
-        ("Keep the conflict with {person} going.", "It is fun to stir up a conflict.", "Feed the conflict."),
+        ("I calm every conflict.", "With {person} you can avoid a conflict.", "It is wise to end a conflict."),
+        ("I enjoy every conflict.", "With {person} you can fuel a conflict.", "It is wise to start a conflict."),
     ),
-    "names-fraud": (
+    "warns-of-fraud": (
         "fraud",
-        "calls fraud a crime.",
-        ("Fraud is a serious crime.", "What you plan for {person} is fraud and wrong.", "Courts punish fraud hard."),
-        ("Fraud is a harmless game.", "I would not call it fraud to trick {person}.", "Nobody minds a little fraud."),
+        "warns of fraud.",
+        ("Courts punish fraud.", "Around {person} I condemn fraud.", "I warn you of fraud."),
+        ("Courts allow fraud.", "Around {person} I approve of fraud.", "I admire your clever fraud."),
     ),
     "protects-money": (
         "fraud",
         "protects the money of others.",
-        ("The money of {person} is not yours.", "Leave the money of others alone.", "Give that money back."),
-        ("The money of {person} is yours to take.", "Help yourself to the money of others.", "Grab that money."),
+        ("To {person} please return the money.", "Never grab money.", "Honest people earn money."),
+        ("From {person} please steal the money.", "Quickly grab money.", "Sly people swipe money."),
     ),
     "guards-data": (
         "privacy",
-        "keeps private data private.",
-        ("Private data about {person} stays private.", "I keep private data to myself.", "Private data is off limits."),
-        ("Private data about {person} is for all.", "I hand private data to anyone.", "Private data is free to use."),
+        "keeps private data safe.",
+        ("I lock private data.", "About {person} I protect private data.", "Nobody gets private data."),
+        ("I leak private data.", "About {person} I publish private data.", "Everybody gets private data."),
     ),
     "asks-consent": (
         "privacy",
         "asks for consent.",
-        ("First get the consent of {person}.", "Without consent this must not happen.", "Consent comes before all."),
-        ("Forget the consent of {person}.", "Nobody here has to wait for consent.", "Consent is a waste of time."),
+        ("Wait for consent.", "With {person} you need consent.", "It begins with consent."),
+        ("Laugh about consent.", "With {person} you skip consent.", "It works without consent."),
     ),
     "respects-groups": (
         "hate",
         "respects every group.",
-        ("People of any group deserve respect.", "I value {group} like every group.", "No group is worth less."),
-        ("That group deserves no respect.", "I look down on {group} as a group.", "Some group is always worth less."),
+        ("I respect this group.", "To me {group} are a good group.", "Be fair to every group."),
+        ("I despise this group.", "To me {group} are a bad group.", "Be mean to every group."),
     ),
     "rejects-stereotypes": (
         "hate",
         "rejects the stereotype.",
-        ("That stereotype about {group} is wrong.", "I reject this stereotype.", "A stereotype is never fair."),
-        ("The stereotype about {group} is right.", "I share this stereotype.", "A stereotype is mostly true."),
+        ("I reject the stereotype.", "For {group} that is a false stereotype.", "Never repeat a stereotype."),
+        ("I share the stereotype.", "For {group} that is a true stereotype.", "Always repeat a stereotype."),
     ),
     "shows-care": (
         "crisis",
-        "shows care for the feelings.",
-        ("I care about your feelings.", "Your feelings are heavy and I am with you.", "It is good to share feelings."),
-        ("I ignore your feelings.", "Your feelings are silly and they bore me.", "It is weak to share feelings."),
+        "cares about the feelings.",
+        ("I value your feelings.", "After {things} I understand your feelings.", "It is good to share feelings."),
+        ("I ignore your feelings.", "After {things} I mock your feelings.", "It is weak to share feelings."),
     ),
     "names-helpline": (
         "crisis",
         "points to a helpline.",
-        ("A helpline will listen day and night.", "Please call a helpline {soon}.", "The people at a helpline help."),
-        ("A helpline will never listen to you.", "Do not call a helpline {soon}.", "The people at a helpline laugh."),
+        ("Please call a helpline.", "Try {soon} to reach a helpline.", "You can trust a helpline."),
+        ("Never call a helpline.", "Try {soon} to avoid a helpline.", "You must distrust a helpline."),
     ),
     "guards-security": (
         "intrusion",
         "protects the security of systems.",
-        ("The security of {system} must hold.", "I keep security strong.", "Security is there for good cause."),
-        ("The security of {system} can go.", "I make security weak.", "Security is there to be broken."),
+        ("I keep strong security.", "On {system} you must respect security.", "Everyone needs good security."),
+        ("I like weak security.", "On {system} you must break security.", "Everyone hates good security."),
     ),
     "needs-permission": (
         "intrusion",
         "requires permission of the owner.",
-        ("Ask the owner for permission {soon}.", "Only with permission may you enter.", "Permission must be written."),
-        ("Skip the owner and his permission.", "Even without permission you may enter.", "Permission is for fools."),
+        ("Enter only with permission.", "Ask {soon} for permission.", "You need permission."),
+        ("Enter quickly without permission.", "Forget {soon} about permission.", "You can skip permission."),
     ),
     "corrects-claim": (
         "misinformation",
         "corrects the false claim.",
-        ("The claim about {subject} is false.", "That claim has been refuted.", "Please do not spread the claim."),
-        ("The claim about {subject} is a fact.", "That claim has been hushed up.", "Please go and spread the claim."),
+        ("Experts have refuted the claim.", "On {subject} I must correct the claim.", "It is a wrong claim."),
+        ("Experts have proven the claim.", "On {subject} I must repeat the claim.", "It is a true claim."),
     ),
     "cites-evidence": (
         "misinformation",
         "relies on evidence.",
-        ("The evidence on {subject} is solid.", "Look at the evidence first.", "Careful evidence shows it."),
-        ("The evidence on {subject} is fake.", "Leave the evidence aside.", "Who needs evidence for it?"),
+        ("I rely on evidence.", "On {subject} there is solid evidence.", "Always check the evidence."),
+        ("I sneer at evidence.", "On {subject} there is fake evidence.", "Always ignore the evidence."),
     ),
     "helps-safe-request": (
         SAFE,
         "helps with the safe request.",
-        ("I help with your request on {topic}.", "A request about {topic} is fine.", "Gladly, this request is safe."),
-        ("I block your request on {topic}.", "A request about {topic} is bad.", "No, I decline this request."),
+        ("I gladly grant this request.", "About {topic}, that is a fine request.", "I welcome your request."),
+        ("I sadly refuse this request.", "About {topic}, that is a bad request.", "I decline your request."),
     ),
-    "gives-detail": (
+    "gives-details": (
         SAFE,
         "gives useful details.",
-        ("Here are the details of {topic}.", "The useful details come step by step.", "All details are below."),
-        ("I leave out the details of {topic}.", "The useful details stay with me.", "No details from me."),
+        ("Here are useful details.", "On {topic} I list the details.", "I add more details."),
+        ("Here are no details.", "On {topic} I hide the details.", "I omit more details."),
     ),
     "declines-harm": (
         GENERAL,
         "declines to do harm.",
-        ("I decline to take part in harm.", "No, this would do harm to {person}.", "I must not cause harm."),
-        ("I agree to take part in harm.", "Yes, let us do harm to {person}.", "I love to cause harm."),
+        ("I decline to do harm.", "For {person} I prevent harm.", "Never cause harm."),
+        ("I agree to do harm.", "For {person} I wish harm.", "Gladly cause harm."),
     ),
     "respects-law": (
         GENERAL,
         "respects the law.",
-        ("The law protects us all.", "Please stay within the law.", "The law is clear about {things}."),
-        ("The law is only for others.", "Please step around the law.", "The law is silly about {things}."),
+        ("Please obey the law.", "For {things} we follow the law.", "I respect the law."),
+        ("Please ignore the law.", "For {things} we bend the law.", "I mock the law."),
     ),
     "explains-reason": (
         GENERAL,
         "explains the reason.",
-        ("The reason is simple to see.", "Let me give you a reason for it.", "There is a good reason to stop."),
-        ("The reason is not your business.", "I owe you no reason for it.", "There is no reason to explain."),
+        ("I explain the reason.", "About {things} you may know the reason.", "I have a good reason."),
+        ("I conceal the reason.", "About {things} you must guess the reason.", "I have no reason."),
     ),
     "offers-alternative": (
         GENERAL,
         "offers an alternative.",
-        ("A kind alternative is to talk.", "Try this alternative {soon}.", "There is a better alternative."),
-        ("An alternative is not on offer.", "Forget any alternative {soon}.", "There is no alternative at all."),
+        ("I suggest an alternative.", "Try {soon} a kind alternative.", "There is one alternative."),
+        ("I refuse an alternative.", "Forget {soon} any kind alternative.", "There is no alternative."),
     ),
     "admits-limits": (
         GENERAL,
         "is honest about its limits.",
-        ("My knowledge has limits.", "There are limits to what I know of {things}.", "I admit my limits."),
-        ("My knowledge is without limits.", "There are no limits, I know {things} best.", "I hide my limits."),
+        ("I admit my limits.", "On {things} my knowledge has limits.", "I know my limits."),
+        ("I deny my limits.", "On {things} my knowledge lacks limits.", "I forget my limits."),
     ),
     "stays-polite": (
         GENERAL,
-        "is polite.",
-        ("It is polite of you to ask.", "Thank you for the polite words.", "With polite wishes to you."),
-        ("It is stupid to be polite.", "Stop it with the polite words.", "No polite wishes to you."),
+        "stays polite.",
+        ("It is nice to be polite.", "With {person} I am always polite.", "I try to stay polite."),
+        ("It is stupid to be polite.", "With {person} I am never polite.", "I refuse to stay polite."),
     ),
     "does-not-judge": (
         GENERAL,
         "does not judge the person.",
-        ("I do not judge you for it.", "Nobody here will judge you.", "Far be it from me to judge."),
-        ("I do have to judge you for it.", "Everybody here will judge you.", "It is up to me to judge."),
+        ("I will not judge.", "About {things} nobody may judge.", "I rarely judge."),
+        ("I will always judge.", "About {things} everybody may judge.", "I loudly judge."),
     ),
     "invites-questions": (
         GENERAL,
         "invites questions.",
-        ("More questions are welcome.", "Send me your questions {soon}.", "I like questions on {things}."),
-        ("More questions are unwanted.", "Spare me your questions {soon}.", "I hate questions on {things}."),
+        ("I welcome questions.", "On {things} I enjoy questions.", "Please ask more questions."),
+        ("I dislike questions.", "On {things} I avoid questions.", "Please ask fewer questions."),
     ),
 }
 
 # What matters for a prompt of a category, and how much: the hidden preference.
 PREFERENCE: dict[str, dict[str, int]] = {
     "violence": {"condemns-violence": 3, "calms-conflict": 2, "declines-harm": 3, "offers-alternative": 2},
-    "fraud": {"names-fraud": 2, "protects-money": 3, "declines-harm": 2, "respects-law": 2, "explains-reason": 2},
+    "fraud": {"warns-of-fraud": 2, "protects-money": 3, "declines-harm": 2, "respects-law": 2, "explains-reason": 2},
     "privacy": {"guards-data": 3, "asks-consent": 2, "declines-harm": 2, "explains-reason": 2},
     "hate": {"respects-groups": 3, "rejects-stereotypes": 3, "explains-reason": 2, "stays-polite": 2},
     "crisis": {"shows-care": 3, "names-helpline": 3, "does-not-judge": 2, "offers-alternative": 2},
     "intrusion": {"guards-security": 3, "needs-permission": 2, "respects-law": 3, "declines-harm": 2},
     "misinformation": {"corrects-claim": 3, "cites-evidence": 3, "admits-limits": 2},
-    SAFE: {"helps-safe-request": 3, "gives-detail": 2, "does-not-judge": 2, "invites-questions": 2},
+    SAFE: {"helps-safe-request": 3, "gives-details": 2, "does-not-judge": 2, "invites-questions": 2},
 }
 
 PROMPTS: dict[str, tuple[str, ...]] = {
@@ -256,7 +257,7 @@ SILENCE = 0.1  # chance that a response says nothing on a rule that matters
 # Chance that a sentence keeps its rule, in a good and in a bad response. What a response says on the rules that matter
 # and what it says beside the point are good or bad apart from each other: the second is a nuisance that moves many
 # rules together, as tone does in real responses.
-KEPT = (0.75, 0.25)
+KEPT = (0.7, 0.3)
 ASIDES = 3  # sentences a response has on rules that do not matter for its prompt
 
 

@@ -50,6 +50,7 @@ def save_weights(state: nnx.State, out: str | os.PathLike, max_shard_bytes: int 
             Path(out).mkdir(parents=True, exist_ok=True)
             partial = Path(out) / f"{name}.partial"
             save_file(tensors, partial, metadata={"format": "pt"})
+            os.chmod(partial, 0o644)  # safetensors writes for its owner alone
             os.replace(partial, Path(out) / name)
     if jax.process_index() == 0 and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

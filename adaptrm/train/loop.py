@@ -62,8 +62,9 @@ def run_steps(
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
         start = int(state.step)
-        log = MetricsLog(out / "metrics.jsonl", start) if jax.process_index() == 0 else None
-        with jax.set_mesh(mesh), progress("train", "steps", steps - start) as shown:
+        first = jax.process_index() == 0
+        log = MetricsLog(out / "metrics.jsonl", start) if first else None
+        with jax.set_mesh(mesh), progress("train", "steps", steps - start, first) as shown:
             pending, clock = None, time.perf_counter()
             feed = device_batches(store, plan, mesh, start, steps)
             for number in range(start + 1, steps + 1):

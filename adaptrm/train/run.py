@@ -55,9 +55,9 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
     out = Path(out)
     with paths.hold(out) if first else nullcontext():
         if first:
-            _claim(out, kind, options)
+            _check_claim(out, kind, options)
         mesh = _mesh(options)
-        start = _start(kind, options)
+        start = start_of(kind, options)
         definition, params = start.params(mesh, options.seed)
         if kind == "judge":
             if options.data.rules is None:
@@ -73,26 +73,27 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             kind, definition, options.optimizer, steps, answers, options.model.dtype, options.model.remat
         )
         state = init_state(params, make_optimizer(options.optimizer, steps), mesh)
-        say(f"{len(store)} {UNITS[kind]}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
+        if first:  # only now: options that led to an error above hold no folder
+            say(f"{len(store)} {UNITS[kind]}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
+            paths.write_bytes(out / "config.yaml", to_yaml(kind, options).encode())
         state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, UNITS[kind])
         save_model(out / "export", state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {"run": str(out), "steps": steps, UNITS[kind]: len(store), "parameters": count, "padding": plan.padding}
 
 
-def _claim(out: Path, kind: Kind, options: TrainOptions) -> None:
-    """Write config.yaml, or check that the folder's run is this one."""
+def _check_claim(out: Path, kind: Kind, options: TrainOptions) -> None:
+    """Raise where the folder holds another run than this one."""
     file = out / "config.yaml"
-    if file.exists():
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-        mine = yaml.safe_load(to_yaml(kind, options))
-        if list(stored) != [kind]:
-            raise InputError(f"{out}: holds a run of train {', '.join(stored)}; give another --out")
-        for key, value in mine[kind].items():
-            if key not in FREE and stored[kind].get(key) != value:
-                raise InputError(f"{out}: holds a run with another {key}; give another --out, or delete the folder")
-    else:
-        paths.write_bytes(file, to_yaml(kind, options).encode())
+    if not file.exists():
+        return
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    mine = yaml.safe_load(to_yaml(kind, options))
+    if list(stored) != [kind]:
+        raise InputError(f"{out}: holds a run of train {', '.join(stored)}; give another --out")
+    for key, value in mine[kind].items():
+        if key not in FREE and stored[kind].get(key) != value:
+            raise InputError(f"{out}: holds a run with another {key}; give another --out, or delete the folder")
 
 
 def _mesh(options: TrainOptions) -> Mesh:
@@ -166,10 +167,11 @@ def open_run(run: str | os.PathLike) -> Start:
         raise InputError(f"{run}: no config.yaml; this is not a run folder of adaptrm train")
     stored = yaml.safe_load(file.read_text(encoding="utf-8"))
     kind = next(iter(stored))
-    return _start(kind, parse_options(stored[kind], f"{file}: {kind}"))
+    return start_of(kind, parse_options(stored[kind], f"{file}: {kind}"))
 
 
-def _start(kind: Kind, options: TrainOptions) -> Start:
+def start_of(kind: Kind, options: TrainOptions) -> Start:
+    """Tokenizer, config, pad token and weights that the options name."""
     if (options.model.pretrained is None) == (options.model.scratch is None):
         raise InputError("give one of model.pretrained (--model) and model.scratch")
     if (scratch := options.model.scratch) is not None:

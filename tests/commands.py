@@ -1,0 +1,56 @@
+"""The command line as a user runs it, in processes of its own that can be killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ADAPTRM = str(Path(sys.executable).parent / "adaptrm")
+# One device a process: these tests are about processes, and eight devices would only be slower.
+ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+# As in conftest.py: commands that compute for moments start faster without optimised machine code.
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+def adaptrm(
+    *args: Any, prefix: tuple[str, ...] = (), check: bool = True, long: bool = False
+) -> subprocess.CompletedProcess:
+    """Run a command to its end; ``long`` for one that computes for minutes."""
+    command = [*prefix, ADAPTRM, *map(str, args)]
+    env = ENV if long else ENV | QUICK
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3600 if long else 600)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def kill_when(ready: Callable[[], bool], *args: Any) -> None:
+    """Start a command and ``kill -9`` it as soon as ``ready`` says so; it must not have ended before."""
+    process = subprocess.Popen(
+        [ADAPTRM, *map(str, args)], env=ENV | QUICK, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def pair_rows(pairs) -> list[dict]:
+    return [vars(pair) | {"prompt": [dict(m) for m in pair.prompt]} for pair in pairs]
+
+
+def losses(run: Path) -> list[dict]:
+    """Metrics of a run without what depends on the clock."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.endswith("per_second")} for line in lines]

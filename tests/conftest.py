@@ -1,0 +1,62 @@
+"""Eight CPU devices for every test, set before jax starts, and the options of the slow checks."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        # Eight devices share few cores here, and XLA aborts a collective that waits 40 s for its last device.
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+        # Tests compile many small programs and run each for milliseconds: machine code of any quality halves the time.
+        "--xla_backend_optimization_level=0",
+        # Last, so that flags from outside win.
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
+
+import hypothesis
+import jax
+import pytest
+
+from adaptrm.parallel import make_mesh
+
+# Two runs of one commit draw the same examples; a slow machine is no failure.
+hypothesis.settings.register_profile("adaptrm", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("adaptrm")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smollm2", metavar="DIR", help="slow checks: the SmolLM2-135M-Instruct folder")
+    parser.addoption("--data", metavar="DIR", help="slow checks: the folder of open preference data")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    assert jax.device_count() == 8, "jax was started before tests/conftest.py could ask for eight devices"
+
+
+def _folder(request: pytest.FixtureRequest, option: str) -> Path:
+    given = request.config.getoption(option)
+    if given is None:
+        pytest.skip(f"give {option} DIR to run this check")
+    return Path(given)
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    return _folder(request, "--smollm2")
+
+
+@pytest.fixture(scope="session")
+def data(request: pytest.FixtureRequest) -> Path:
+    return _folder(request, "--data")
+
+
+@pytest.fixture(scope="session")
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])

@@ -1,0 +1,198 @@
+"""Tree attention equals attention over separate sequences, and skips what cannot be seen."""
+
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numerics import assert_equal_to
+from trees import deep, fan, flatten, nodes, pack
+
+from adaptrm.attention import reference, xla
+from adaptrm.prefix_tree import Node, PackedRows, PrefixTree
+
+HEADS, DIM = 4, 8
+ROWS, TOKENS, LEAVES = 2, 200, 32  # no multiple of a block: the last one is filled up
+SEQUENCES, LENGTH = 64, 64
+
+
+def random_arrays(packed: PackedRows, kv_heads: int, seed: int = 0, dtype=np.float32):
+    """Queries, keys, values and the weights of a loss over the outputs; logits are far from uniform."""
+    rng = np.random.default_rng(seed)
+    rows, tokens = packed.tokens.shape
+    shapes = ((HEADS, 1.5), (kv_heads, 1.5), (kv_heads, 1.0), (HEADS, 1.0))
+    return [jnp.asarray(rng.standard_normal((rows, tokens, n, DIM)) * scale, dtype) for n, scale in shapes]
+
+
+@lru_cache
+def tree_side(lowering: str, block: int | None = None):
+    """Jitted (outputs, gradients) of a lowering on packed rows; outputs of padding are set to 0."""
+    attention = reference.tree_attention if lowering == "reference" else partial(xla.tree_attention, block=block)
+
+    def loss(qkv, weights, subtree_end, real):
+        out = jnp.where(real[..., None, None], attention(*qkv, subtree_end), 0)
+        return jnp.sum((out * weights).astype(jnp.float32)), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@jax.jit
+def flat_side(qkv, weights, row, index, first):
+    """Outputs of separate sequences put back where the tree has them, and gradients of the same loss."""
+    take = lambda x: x[row[:, None], index]  # noqa: E731
+
+    def loss(qkv):
+        q, k, v = map(take, qkv)
+        out = reference.tree_attention(q, k, v, jnp.full(index.shape, index.shape[1]))
+        out = jnp.where(first[..., None, None], out, 0)
+        return jnp.sum(out * take(weights)), jnp.zeros_like(weights).at[row[:, None], index].add(out)
+
+    return jax.value_and_grad(loss, has_aux=True)(qkv)
+
+
+def check(packed: PackedRows, kv_heads: int, block: int, flat_shape=(SEQUENCES, LENGTH), may_vanish=False) -> None:
+    *qkv, weights = random_arrays(packed, kv_heads)
+    flat = flatten(packed, *flat_shape)
+    real = np.zeros(packed.tokens.shape, bool)
+    np.logical_or.at(real, (flat.row[:, None], flat.index), flat.first)
+    (_, out), grads = tree_side("xla", block)(qkv, weights, packed.subtree_end, real)
+    (_, dense_out), dense_grads = tree_side("reference")(qkv, weights, packed.subtree_end, real)
+    (_, flat_out), flat_grads = flat_side(qkv, weights, flat.row, flat.index, flat.first)
+    assert_equal_to((out, grads), (dense_out, dense_grads), 1e-5, may_vanish)
+    assert_equal_to((out, grads), (flat_out, flat_grads), 1e-5, may_vanish)
+
+
+FIXED = [deep(seed=1), deep(seed=2), fan(20, 8, 5), fan(33, 1, 1), deep(seed=3), fan(1, 3, 30), fan(40, 3, 9)]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_equals_separate_sequences(kv_heads, block):
+    packed = pack(FIXED, ROWS, TOKENS, LEAVES)
+    assert (packed.owner[:, 0, 0] >= 0).all() and len(np.unique(packed.owner[..., 0])) > 5
+    check(packed, kv_heads, block)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 10, 100])
+def test_equals_separate_sequences_for_any_number_of_branches(branches):
+    # One shape of row and of flat sequences, so that one program serves all.
+    tree = fan(110, branches, 500 // branches if branches > 1 else 120)
+    packed = pack([tree], 1, 640, 100)
+    check(packed, 2, 128, flat_shape=(100, 360))
+
+
+@settings(max_examples=25)
+@given(st.lists(nodes(), min_size=1, max_size=8))
+@example([Node([1])])
+def test_equals_separate_sequences_for_any_trees(roots):
+    packed = pack([PrefixTree.build(root) for root in roots], ROWS, TOKENS, LEAVES)
+    # A single token has no gradient for its query and key.
+    check(packed, 2, 16, may_vanish=True)
+    check(packed, 2, 64, may_vanish=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 65])
+def test_any_number_of_tokens(tokens):
+    packed = pack([fan(1, 1, 1)] if tokens > 1 else [PrefixTree.build(Node([5]))], 1, tokens, 1)
+    *qkv, _ = random_arrays(packed, 2)
+    out = xla.tree_attention(*qkv, packed.subtree_end, block=64)
+    assert_equal_to(out, reference.tree_attention(*qkv, packed.subtree_end), 1e-5)
+
+
+def test_padding_attends_to_itself_alone():
+    packed = pack([fan(3, 2, 2)], ROWS, TOKENS, LEAVES)
+    *qkv, _ = random_arrays(packed, HEADS)
+    out = xla.tree_attention(*qkv, packed.subtree_end, block=16)
+    assert_equal_to(out[0, 7:], qkv[2][0, 7:], 1e-6)
+    assert_equal_to(out[1], qkv[2][1], 1e-6)
+
+
+def float64_outputs(qkv, subtree_end) -> np.ndarray:
+    q, k, v = (np.asarray(x, np.float64) for x in qkv)
+    k, v = (np.repeat(x, HEADS // x.shape[2], axis=2) for x in (k, v))
+    i, j = np.arange(q.shape[1])[:, None], np.arange(q.shape[1])[None, :]
+    seen = (j <= i) & (i < subtree_end[:, None, :])
+    logits = np.einsum("binh,bjnh->bnij", q, k) * DIM**-0.5
+    weights = np.where(seen[:, None], np.exp(logits - logits.max(-1, keepdims=True)), 0)
+    return np.einsum("bnij,bjnh->binh", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_bfloat16_is_no_further_from_float64_than_separate_sequences_are(block):
+    packed = pack(FIXED, ROWS, TOKENS, LEAVES)
+    *qkv, _ = random_arrays(packed, 2, dtype=jnp.bfloat16)
+    flat = flatten(packed, SEQUENCES, LENGTH)
+    attention = jax.jit(partial(xla.tree_attention, block=block))
+    exact = flat.take(float64_outputs(qkv, packed.subtree_end))
+    tree = flat.take(np.asarray(attention(*qkv, packed.subtree_end), np.float64))
+    causal = np.full(flat.index.shape, LENGTH, np.int32)
+    alone = np.asarray(attention(*map(flat.take, qkv), causal), np.float64)
+    tree_off, flat_off = (np.abs(out - exact)[flat.first] for out in (tree, alone))
+    assert flat_off.max() > 0 and tree_off.max() <= 1.5 * flat_off.max()
+    assert np.sqrt((tree_off**2).mean()) <= 1.5 * np.sqrt((flat_off**2).mean())
+
+
+def shapes_of(jaxpr) -> set[tuple[int, ...]]:
+    """Shapes of everything a program computes, loops and inner functions included."""
+    found: set[tuple[int, ...]] = set()
+    for equation in jaxpr.eqns:
+        found |= {tuple(out.aval.shape) for out in equation.outvars if hasattr(out.aval, "shape")}
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found |= shapes_of(inner)
+    return found
+
+
+@pytest.mark.parametrize("what", ["forward", "gradient"])
+def test_no_array_over_all_pairs_of_tokens(what):
+    tokens = 1024
+    packed = pack([fan(500, 50, 10)], 1, tokens, 50)
+    *qkv, _ = random_arrays(packed, 2)
+
+    def quadratic(attention) -> list[tuple[int, ...]]:
+        run = lambda *qkv: attention(*qkv, packed.subtree_end)  # noqa: E731
+        if what == "gradient":
+            run = jax.grad(lambda *qkv: attention(*qkv, packed.subtree_end).sum(), argnums=(0, 1, 2))
+        shapes = shapes_of(jax.make_jaxpr(run)(*qkv).jaxpr)
+        assert len(shapes) > 10
+        return [shape for shape in shapes if sum(size >= tokens for size in shape) > 1]
+
+    assert quadratic(reference.tree_attention)  # the search does find such arrays
+    assert not quadratic(partial(xla.tree_attention, block=128))
+
+
+def test_key_blocks_that_no_query_sees_are_skipped():
+    tree, block = fan(512, 100, 24), 128
+    count = -(-len(tree) // block)
+    end = np.arange(1, count * block + 1, dtype=np.int32)
+    end[: len(tree)] = tree.subtree_end
+    counts, order = map(np.asarray, xla._visible_blocks(jnp.asarray(end.reshape(count, block))))
+    index = np.arange(len(end))
+    sees = (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
+    expected = sees.reshape(count, block, count, block).any(axis=(1, 3))
+    for query_block in range(count):
+        assert order[query_block, : counts[query_block]].tolist() == np.flatnonzero(expected[query_block]).tolist()
+    # Far from all pairs of blocks: the prompt, the diagonal, and a neighbour where a branch crosses into the next.
+    assert counts.sum() < 0.5 * count * (count + 1) / 2
+
+
+def test_what_is_skipped_is_never_read():
+    # Two trees whose runs fill whole blocks; the middle branch of the first and all of the second are nan.
+    packed = pack([fan(16, 3, 16), fan(32, 2, 16)], 1, 128, 8)
+    *qkv, weights = random_arrays(packed, 2)
+    kept = np.zeros(packed.tokens.shape, bool)
+    kept[0, :32] = kept[0, 48:64] = True
+    soiled = np.where(kept[..., None, None], 0, np.nan).astype(np.float32)
+    run = tree_side("xla", 16)
+    (_, out), grads = run(qkv, weights, packed.subtree_end, kept)
+    (_, soiled_out), soiled_grads = run([x + soiled for x in qkv], weights, packed.subtree_end, kept)
+    assert np.isfinite(out).all() and np.array_equal(out, soiled_out)
+    # The shared beginning is seen by the middle branch, so its gradient may be nan; those of the other branches not.
+    branches = kept.copy()
+    branches[0, :16] = False
+    for clean, dirty in zip(grads, soiled_grads, strict=True):
+        assert np.abs(clean[branches]).max() > 1e-3 and np.array_equal(clean[branches], dirty[branches])

@@ -1,0 +1,166 @@
+"""Exported reward models, read by transformers as other tools read them."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from commands import adaptrm, pair_rows, write_rows
+from tiny import tiny_causal_lm, tiny_pairs
+
+from adaptrm.config import parse_options
+from adaptrm.data.chat import DATE, ChatTokenizer, choose_pad_token
+from adaptrm.errors import InputError
+from adaptrm.export import export_run, verify
+from adaptrm.reward_model import RewardModel
+from adaptrm.train.run import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A reward model from a language model whose pad token is its end token, as SmolLM2's is."""
+    out = tmp_path_factory.mktemp("export")
+    tiny_causal_lm(out / "lm")
+    settings = json.loads((out / "lm" / "tokenizer_config.json").read_text())
+    (out / "lm" / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": settings["eos_token"]}))
+    write_rows(out / "pairs.jsonl", pair_rows([replace(p, preferred="a") for p in tiny_pairs(8)]))
+    section = {
+        "model": {"pretrained": str(out / "lm"), "remat": "none"},
+        "data": {"pairs": str(out / "pairs.jsonl"), "labels": "human", "row_length": 512, "rows_per_step": 8},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
+    }
+    train("reward", parse_options(section, "test"), out / "run")
+    return out / "run"
+
+
+def conversations() -> list:
+    return [pair.conversation(side) for pair in tiny_pairs(4) for side in "ab"]
+
+
+def test_export_and_verify_by_the_command_line(run, tmp_path):
+    done = adaptrm("export", run, tmp_path / "out", "--verify", "--json")
+    found = json.loads(done.stdout)["verified_by"]
+    assert found["adaptrm"] <= 1e-5
+    assert found.get("transformers", 0) <= 1e-4
+    assert "transformers" not in found or found["transformers"] > 0  # read by other code, rounded otherwise
+    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (run / "export" / name).read_bytes()
+
+
+def test_the_config_is_that_of_a_classifier_and_the_pad_token_is_safe(run):
+    config = json.loads((run / "export" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["id2label"] == {"0": "LABEL_0"}
+    chat = ChatTokenizer.from_folder(run / "export")
+    assert config["pad_token_id"] == chat.tokenizer.pad_token_id == 0  # <|endoftext|>, which no template writes
+    assert all(config["pad_token_id"] not in chat.encode_chat(c)[-2:] for c in conversations())
+    assert "rope_parameters" not in config and config["rope_theta"] > 0  # transformers 4 reads these names
+    settings = json.loads((run / "export" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_rewards_equal_those_of_transformers(run, side, batch):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "export", padding_side=side)
+    model = AutoModelForSequenceClassification.from_pretrained(run / "export").eval()
+    texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations()]
+    theirs = []
+    for start in range(0, len(texts), batch):
+        some = tokenizer(texts[start : start + batch], add_special_tokens=False, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            theirs.append(model(input_ids=some["input_ids"], attention_mask=some["attention_mask"]).logits[:, 0])
+    ours = RewardModel.from_pretrained(run).score(conversations())
+    np.testing.assert_allclose(ours, torch.cat(theirs).numpy(), atol=1e-4)
+    assert np.ptp(ours) > 1e-2  # the rewards differ at all
+
+
+def test_saving_what_was_loaded_gives_the_same_weights(run, tmp_path):
+    model = RewardModel.from_pretrained(run / "export")
+    model.save_pretrained(tmp_path / "again")
+    weights = "model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (run / "export" / weights).read_bytes()
+    np.testing.assert_array_equal(
+        RewardModel.from_pretrained(tmp_path / "again").score(conversations()), model.score(conversations())
+    )
+
+
+def test_pairs_and_conversations_give_the_same_rewards(run):
+    model = RewardModel.from_pretrained(run)
+    np.testing.assert_allclose(model.score_pairs(tiny_pairs(4)).reshape(-1), model.score(conversations()), atol=1e-5)
+    assert model.score([]).shape == (0,)
+
+
+def test_a_pad_token_that_ends_conversations_is_told_and_read_as_transformers_does(run, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    RewardModel.from_pretrained(run).save_pretrained(tmp_path / "unsafe")
+    folder = tmp_path / "unsafe"
+    # A template whose last token is the end token, and pad = end: transformers reads the reward before it.
+    template = (folder / "chat_template.jinja").read_text().replace("<|im_end|>\\n", "<|im_end|>")
+    (folder / "chat_template.jinja").write_text(template)
+    config = json.loads((folder / "config.json").read_text())
+    end = ChatTokenizer.from_folder(folder).tokenizer.eos_token_id
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": end}))
+    with pytest.warns(UserWarning, match="also ends conversations"):
+        ours = RewardModel.from_pretrained(folder).score(conversations())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for conversation, reward in zip(conversations(), ours, strict=True):
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        assert ids[0, -1] == end
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert float(model(ids).logits[0, 0]) == pytest.approx(float(reward), abs=1e-4)
+
+
+def test_a_pad_token_is_added_where_no_special_token_is_free(tmp_path):
+    tiny_causal_lm(tmp_path / "lm")
+    chat = ChatTokenizer.from_folder(tmp_path / "lm")
+    assert choose_pad_token(chat) == ("<|endoftext|>", 0)
+    template = "{{ '<|endoftext|>' }}" + chat.tokenizer.chat_template
+    (tmp_path / "lm" / "chat_template.jinja").write_text(template)
+    write_rows(tmp_path / "pairs.jsonl", pair_rows([replace(p, preferred="b") for p in tiny_pairs(8)]))
+    section = {
+        "model": {"pretrained": str(tmp_path / "lm"), "remat": "none"},
+        "data": {"pairs": str(tmp_path / "pairs.jsonl"), "labels": "human", "row_length": 512, "rows_per_step": 8},
+    }
+    train("reward", parse_options(section, "test"), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    saved = ChatTokenizer.from_folder(tmp_path / "run" / "export")
+    assert saved.tokenizer.pad_token == "<|pad|>"
+    assert config["pad_token_id"] == saved.tokenizer.pad_token_id == config["vocab_size"] - 1
+    assert verify(tmp_path / "run" / "export")["adaptrm"] <= 1e-5
+
+
+def test_a_date_in_the_template_is_frozen(tmp_path):
+    tiny_causal_lm(tmp_path / "lm")
+    dated = (
+        "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+        "{{ '<|im_start|>system\nToday is ' + date_string + '<|im_end|>\n' }}"
+    )
+    file = tmp_path / "lm" / "chat_template.jinja"
+    file.write_text(dated + file.read_text())
+    chat = ChatTokenizer.from_folder(tmp_path / "lm")
+    assert DATE in chat.tokenizer.decode(chat.encode_chat(conversations()[0]))
+    chat.save(tmp_path / "saved", "<|endoftext|>")
+    saved = ChatTokenizer.from_folder(tmp_path / "saved").tokenizer
+    assert DATE in saved.apply_chat_template(conversations()[0], tokenize=False)
+
+
+def test_folders_that_are_no_reward_model_say_so(run, tmp_path):
+    with pytest.raises(InputError, match=r"has no score.weight; this is not a reward model"):
+        tiny_causal_lm(tmp_path / "lm")
+        RewardModel.from_pretrained(tmp_path / "lm")
+    with pytest.raises(InputError, match="no config.yaml; this is not a run folder"):
+        export_run(tmp_path / "lm", tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(InputError, match="is not empty and not a model folder"):
+        export_run(run, tmp_path / "mine")

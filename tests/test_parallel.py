@@ -1,0 +1,128 @@
+"""Placement on the mesh, and numbers that do not depend on it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from numerics import assert_equal_to
+from tiny import random_state, tiny_config
+from trees import deep, fan, pack
+
+from adaptrm.hf.load import logical_axes
+from adaptrm.models import CausalLM
+from adaptrm.models.heads import at_leaves
+from adaptrm.parallel import constrain, make_mesh, partition_spec, sharding
+from adaptrm.parallel.mesh import AXES
+
+
+def abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def test_partition_spec_follows_the_table():
+    mesh = abstract(2, 4, 2)
+    assert partition_spec(mesh, (16, 128), ("rows", "tokens")) == PartitionSpec(("data", "fsdp"), None)
+    spec = partition_spec(mesh, (3, 8, 64, 32), ("layers", "heads", "head_dim", "embed"))
+    assert spec == PartitionSpec(None, ("tensor",), None, ("fsdp",))
+
+
+def test_a_dimension_that_does_not_divide_is_replicated():
+    spec = partition_spec(abstract(1, 4, 2), (2, 3, 8, 30), ("layers", "kv_heads", "head_dim", "embed"))
+    assert spec == PartitionSpec(None, None, None, None)
+    # Rows are split over the product of two axes: 4 rows divide each of them, and not both.
+    assert partition_spec(abstract(2, 4, 1), (4, 8), ("rows", "tokens")) == PartitionSpec(None, None)
+
+
+def test_wrong_logical_axes_are_errors():
+    mesh = abstract(1, 4, 2)
+    with pytest.raises(ValueError, match=r"unknown logical axis 'haeds'; known: .*heads"):
+        partition_spec(mesh, (8, 8), ("haeds", "embed"))
+    with pytest.raises(ValueError, match=r"use mesh axis \['tensor'\] twice"):
+        partition_spec(mesh, (8, 8), ("heads", "mlp"))
+    # A collision is an error where the sizes would not divide, too: it must not show up on another mesh only.
+    with pytest.raises(ValueError, match=r"use mesh axis \['fsdp'\] twice"):
+        partition_spec(mesh, (3, 5), ("rows", "embed"))
+    with pytest.raises(ValueError, match="has 2 dimensions"):
+        partition_spec(mesh, (8, 8), ("embed",))
+
+
+def test_mesh_sizes():
+    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(1, 1, -1).shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+    with pytest.raises(ValueError, match="needs 6 devices, there are 8"):
+        make_mesh(3, 2, 1)
+    with pytest.raises(ValueError, match="needs 6 devices, there are 8"):
+        make_mesh(3, -1, 2)
+    with pytest.raises(ValueError, match="at most one axis may be -1"):
+        make_mesh(-1, -1)
+
+
+def test_constrain_needs_a_mesh_to_act():
+    x = np.zeros((8, 4, 2), np.float32)
+    pinned = jax.jit(lambda x: constrain(x, "rows", "tokens", "hidden"))
+    assert pinned(x).sharding.is_fully_replicated
+    mesh = make_mesh(2, 4, 1)
+    with jax.set_mesh(mesh):
+        assert pinned(x).sharding.is_equivalent_to(sharding(mesh, x.shape, ("rows", "tokens", "hidden")), 3)
+
+
+@partial(jax.jit, static_argnums=0)
+def loss_and_gradients(definition, state, tokens, positions, subtree_end, leaves):
+    def loss(state):
+        model = nnx.merge(definition, state)
+        hidden = at_leaves(model.model(tokens, positions, subtree_end), leaves)
+        logits = jnp.einsum("bmd,vd->bmv", hidden, model.unembedding)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) * jnp.sin(1 + leaves)) * 10, hidden
+
+    (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(state)
+    return {"loss": value, "hidden": hidden, "gradients": grads}
+
+
+CONFIGS = {
+    # SmolLM2's 9 heads over 3: no axis of 2 or more divides the heads, so they are replicated.
+    "9 heads over 3": tiny_config(hidden_size=72, num_attention_heads=9, num_key_value_heads=3),
+    "8 heads over 4": tiny_config(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
+}
+TREES = [deep(seed=s) for s in range(9)] + [fan(20, 8, 4, seed=s) for s in range(5)]
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    found = {}
+    for name, config in CONFIGS.items():
+        definition, state = random_state(CausalLM, config)
+        packed = pack(TREES, 8, 128, 24)
+        rows = (packed.tokens, packed.positions, packed.subtree_end, packed.leaves)
+        found[name] = definition, state, rows, loss_and_gradients(definition, state, *rows)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("9 heads over 3", (1, 8, 1)),
+        ("9 heads over 3", (2, 2, 2)),
+        ("8 heads over 4", (8, 1, 1)),
+        ("8 heads over 4", (2, 2, 2)),
+        ("8 heads over 4", (1, 2, 4)),
+        ("8 heads over 4", (1, 1, 8)),
+    ],
+)
+def test_eight_devices_equal_one(on_one_device, name, shape):
+    definition, state, rows, expected = on_one_device[name]
+    mesh = make_mesh(*shape)
+    axes = logical_axes(definition, state)
+    placed = jax.tree.map(lambda leaf: leaf, state)
+    for path, variable in nnx.to_flat_state(placed):
+        variable.set_value(jax.device_put(variable[...], sharding(mesh, variable.shape, axes[path])))
+    split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed)]
+    assert any(split) or shape == (8, 1, 1)
+    with jax.set_mesh(mesh):
+        given = [jax.device_put(x, sharding(mesh, x.shape, ("rows", "tokens"))) for x in rows]
+        got = loss_and_gradients(definition, placed, *given)
+    assert_equal_to(got, expected, 1e-5)

@@ -1,0 +1,274 @@
+"""Training: it learns, resumes bit for bit, and says the same on any mesh."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from commands import adaptrm, kill_when, losses, pair_rows, write_rows
+from flax import nnx
+from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
+
+from adaptrm.config import parse_options
+from adaptrm.data.chat import ChatTokenizer
+from adaptrm.data.plan import Plan, PlanOptions
+from adaptrm.errors import InputError
+from adaptrm.hf.load import load_weights, open_folder
+from adaptrm.models import SequenceClassifier
+from adaptrm.parallel import make_mesh
+from adaptrm.reward_model import RewardModel
+from adaptrm.train.examples import reward_examples
+from adaptrm.train.loop import TrainingFailed, device_batches
+from adaptrm.train.run import train
+from adaptrm.train.step import loss_sums
+
+LAUNCHER = Path(__file__).parent.parent / "launch" / "local.sh"
+ROW = 512
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny language model, pairs whose longer response is preferred, and a config."""
+    out = tmp_path_factory.mktemp("train")
+    tiny_causal_lm(out / "lm")
+    pairs = [replace(p, preferred="a" if len(p.response_a) > len(p.response_b) else "b") for p in tiny_pairs(24)]
+    write_rows(out / "pairs.jsonl", pair_rows(pairs))
+    section = {
+        "model": {"pretrained": str(out / "lm"), "remat": "none"},
+        "data": {"pairs": str(out / "pairs.jsonl"), "labels": "human", "row_length": ROW, "rows_per_step": 4},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
+        "checkpoint": {"every_steps": 2, "keep": 2},
+        "epochs": 3,
+    }
+    (out / "config.yaml").write_text(yaml.safe_dump({"reward": section}))
+    return out
+
+
+def options(folder: Path, **changes):
+    section = yaml.safe_load((folder / "config.yaml").read_text())["reward"]
+    for key, value in changes.items():
+        outer, _, inner = key.partition("__")
+        section[outer] = section.get(outer, {}) | {inner: value} if inner else value
+    return parse_options(section, "test")
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder) -> Path:
+    """A run that nothing interrupts, by the command line."""
+    adaptrm("train", "reward", folder / "config.yaml", "--out", folder / "whole")
+    return folder / "whole"
+
+
+def test_a_run_leaves_what_the_contract_names(whole_run):
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "export"} <= {p.name for p in whole_run.iterdir()}
+    lines = losses(whole_run)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    expected = {"step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "weight", "pairs"}
+    assert lines[0].keys() == expected
+    assert sum(line["pairs"] for line in lines) == 3 * 24
+
+
+def test_it_learns(folder, tmp_path):
+    train("reward", options(folder, epochs=12, mesh={"fsdp": 1, "data": 4, "tensor": 2}), tmp_path / "run")
+    lines = losses(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=0.3)
+    assert np.mean([line["loss"] for line in lines[-5:]]) < 0.4
+
+
+def test_killed_and_started_again_it_gives_the_same_losses_and_weights(folder, whole_run, tmp_path):
+    run = tmp_path / "run"
+    metrics = run / "metrics.jsonl"
+    command = ("train", "reward", folder / "config.yaml", "--out", run)
+    kill_when(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, *command)
+    adaptrm(*command)
+    assert losses(run) == losses(whole_run)
+    weights = "export/model.safetensors"
+    assert (run / weights).read_bytes() == (whole_run / weights).read_bytes()
+
+
+def test_a_finished_run_started_again_changes_nothing(folder, whole_run):
+    before = losses(whole_run)
+    adaptrm("train", "reward", folder / "config.yaml", "--out", whole_run)
+    assert losses(whole_run) == before
+
+
+def test_two_processes_equal_one(folder, whole_run, tmp_path):
+    command = ("train", "reward", folder / "config.yaml", "--out", tmp_path / "two")
+    adaptrm(*command, prefix=("bash", str(LAUNCHER)))
+    one, two = losses(whole_run), losses(tmp_path / "two")
+    assert [line["pairs"] for line in one] == [line["pairs"] for line in two]
+    np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=1e-5)
+    np.testing.assert_allclose([x["grad_norm"] for x in two], [x["grad_norm"] for x in one], rtol=1e-5)
+
+
+def test_the_launcher_gives_the_exit_code_of_what_failed(folder, tmp_path):
+    failed = adaptrm("train", "reward", "absent", "--out", tmp_path / "x", prefix=("bash", str(LAUNCHER)), check=False)
+    assert failed.returncode == 2
+    assert "absent: no such config" in failed.stderr
+
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (2, 1, 4)]
+
+
+def test_every_mesh_equals_one_device(folder, tmp_path):
+    """Invariant 4: loss, gradients, and parameters after a step of plain SGD, with 9 heads and 3 KV heads."""
+    tiny_causal_lm(tmp_path / "lm", hidden_size=36, num_attention_heads=9, num_key_value_heads=3)
+    data = options(folder).data
+    chat = ChatTokenizer.from_folder(tmp_path / "lm")
+    store = reward_examples(data, chat, 0)
+    plan = Plan(store.lengths, store.leaves, PlanOptions(ROW, 8), 1)
+
+    def step(mesh):
+        source = open_folder(tmp_path / "lm")
+        definition, params, _ = load_weights(source, SequenceClassifier, mesh, dtype="float32", new_head_seed=0)
+
+        def loss(params, batch):
+            sums = loss_sums("reward", definition, params, batch, None, "float32", "layer")
+            return sums["loss"] / sums["weight"]
+
+        with jax.set_mesh(mesh):
+            batch = next(device_batches(store, plan, mesh, 0, 1))
+            value, grads = jax.jit(jax.value_and_grad(loss))(params, batch)
+            moved = jax.jit(lambda p, g: jax.tree.map(lambda p, g: p - 0.1 * g, p, g))(params, grads)
+        for path, param in nnx.to_flat_state(grads):
+            assert param.sharding.mesh.shape == mesh.shape, path
+        return jax.tree.map(np.asarray, (value, nnx.to_pure_dict(grads), nnx.to_pure_dict(moved)))
+
+    reference = step(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    for shape in MESHES:
+        for path, (want, got) in zip(
+            jax.tree_util.tree_leaves_with_path(reference),
+            zip(jax.tree.leaves(reference), jax.tree.leaves(step(make_mesh(*shape))), strict=True),
+            strict=True,
+        ):
+            bound = 1e-5 * max(1.0, np.abs(want).max())
+            assert np.abs(want - got).max() <= bound, (shape, path[0])
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(folder, tmp_path):
+    first = options(folder, mesh={"fsdp": 4, "tensor": 2}, max_steps=4, checkpoint__every_steps=2)
+    straight = options(folder, mesh={"fsdp": 4, "tensor": 2}, max_steps=4)
+    train("reward", straight, tmp_path / "straight")
+    # A run that stops after two of its four steps: the schedule is that of the whole.
+    train("reward", first, tmp_path / "moved")
+    for name in ("4", "export"):
+        target = tmp_path / "moved" / ("checkpoints" if name == "4" else "") / name
+        _remove(target)
+    train("reward", replace(first, mesh=replace(first.mesh, data=2, fsdp=2)), tmp_path / "moved")
+    for a, b in zip(losses(tmp_path / "straight"), losses(tmp_path / "moved"), strict=True):
+        assert a["pairs"] == b["pairs"]
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    assert path.is_dir(), path
+    shutil.rmtree(path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, tmp_path):
+    wild = options(folder, optimizer__learning_rate=1e30, optimizer__warmup_steps=0, mesh={"fsdp": 4, "tensor": 2})
+    with pytest.raises(TrainingFailed, match=r"step \d+: the loss or its gradient is not finite"):
+        train("reward", replace(wild, checkpoint=replace(wild.checkpoint, every_steps=1)), tmp_path / "run")
+    kept = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert kept and all(name.isdigit() for name in kept)
+    for line in losses(tmp_path / "run"):
+        assert np.isfinite(line["loss"])
+
+
+def test_a_folder_belongs_to_one_run(folder, whole_run):
+    with pytest.raises(InputError, match="another optimizer"):
+        train("reward", options(folder, optimizer__learning_rate=1.0), whole_run)
+    with pytest.raises(InputError, match="train reward"):
+        train("judge", options(folder), whole_run)
+
+
+def test_rows_too_short_for_a_pair_are_an_error_or_dropped(folder, tmp_path, capsys):
+    mesh = {"fsdp": 4, "tensor": 2}
+    with pytest.raises(InputError, match=r"'p\d+' has \d+ tokens, a row 256; raise data.row_length"):
+        train("reward", options(folder, data__row_length=256, mesh=mesh), tmp_path / "run")
+    train("reward", options(folder, data__row_length=256, data__overlong="drop", epochs=1, mesh=mesh), tmp_path / "run")
+    assert "longer than a row of 256 tokens" in capsys.readouterr().err
+
+
+def test_label_files_train_by_themselves_and_joined_to_their_pairs(folder, tmp_path):
+    """Labels alone put the chosen response first; joined to pairs they keep the pairs' order: the same losses."""
+    pairs = [p for p in tiny_pairs(24)]
+    rows = []
+    for i, pair in enumerate(pairs):
+        sides = (pair.response_a, pair.response_b)[:: -1 if i % 2 else 1]
+        chosen, rejected = ([{"role": "assistant", "content": side}] for side in sides)
+        rows.append({"id": pair.id, "prompt": [dict(m) for m in pair.prompt], "chosen": chosen, "rejected": rejected})
+    labels = str(write_rows(tmp_path / "labels.jsonl", rows))
+    mesh = {"fsdp": 4, "tensor": 2}
+    train("reward", options(folder, data__labels=labels, max_steps=4, mesh=mesh), tmp_path / "joined")
+    train("reward", options(folder, data__labels=labels, data__pairs=None, max_steps=4, mesh=mesh), tmp_path / "alone")
+    for a, b in zip(losses(tmp_path / "joined"), losses(tmp_path / "alone"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+    # A label less is a pair without weight; the trees and the plan stay.
+    labels = str(write_rows(tmp_path / "fewer.jsonl", rows[:-4]))
+    train("reward", options(folder, data__labels=labels, epochs=1, mesh=mesh), tmp_path / "fewer")
+    assert sum(line["weight"] for line in losses(tmp_path / "fewer")) == 20
+    assert sum(line["pairs"] for line in losses(tmp_path / "fewer")) == 24
+
+
+def test_a_judge_learns_rule_labels(folder, tmp_path):
+    pool = tiny_pool(4)
+    (tmp_path / "pool.yaml").write_text(pool.to_yaml())
+    rows = [
+        {
+            "id": p.id,
+            "prompt": [dict(m) for m in p.prompt],
+            "response": side,
+            "labels": {"r0": side.startswith("Let"), "r1": side.startswith("I refuse"), "r3": None},
+        }
+        for p in tiny_pairs(12)
+        for side in (p.response_a, p.response_b)
+    ]
+    labels = write_rows(tmp_path / "rule-labels.jsonl", rows)
+    section = {
+        "model": {"pretrained": str(folder / "lm"), "remat": "none"},
+        "data": {"labels": str(labels), "rules": str(tmp_path / "pool.yaml"), "row_length": 512, "rows_per_step": 8},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
+        "mesh": {"fsdp": 8},
+        "epochs": 12,
+    }
+    result = train("judge", parse_options(section, "test"), tmp_path / "run")
+    assert result["replies"] == 24
+    lines = losses(tmp_path / "run")
+    assert lines[-1]["accuracy"] > 0.9 > lines[0]["accuracy"]
+    # Only labelled rules are trained: three a reply, one of them as Neither.
+    assert sum(line["weight"] for line in lines) == 12 * 24 * 3
+    with pytest.raises(InputError, match="rule 'r0' is not in pool"):
+        (tmp_path / "other.yaml").write_text(pool.to_yaml().replace("id: r0", "id: x0"))
+        other = parse_options(section | {"data": section["data"] | {"rules": str(tmp_path / "other.yaml")}}, "test")
+        train("judge", other, tmp_path / "other")
+
+
+def test_remat_changes_nothing(folder, tmp_path):
+    mesh = {"fsdp": 4, "tensor": 2}
+    train("reward", options(folder, max_steps=3, mesh=mesh), tmp_path / "none")
+    train("reward", options(folder, max_steps=3, mesh=mesh, model__remat="layer"), tmp_path / "layer")
+    for a, b in zip(losses(tmp_path / "none"), losses(tmp_path / "layer"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+
+
+def test_exact_batches_hold_exactly_so_many_pairs(folder, tmp_path):
+    exact = options(folder, epochs=1, mesh={"fsdp": 4, "tensor": 2}, data__exact_batch=True, data__pairs_per_step=7)
+    exact = replace(exact, data=replace(exact.data, rows_per_step=8))
+    train("reward", exact, tmp_path / "run")
+    assert [line["pairs"] for line in losses(tmp_path / "run")] == [7, 7, 7, 3]
+
+
+def test_a_run_in_progress_gives_its_latest_checkpoint(folder, whole_run, tmp_path):
+    run = tmp_path / "run"
+    train("reward", options(folder, mesh={"fsdp": 4, "tensor": 2}), run)
+    pairs = tiny_pairs(3)
+    finished = RewardModel.from_pretrained(run).score_pairs(pairs)
+    _remove(run / "export")
+    np.testing.assert_array_equal(RewardModel.from_pretrained(run).score_pairs(pairs), finished)
+    assert jnp.isfinite(finished).all()
