@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from adaptrm import paths
@@ -50,10 +50,10 @@ class DataOptions:
     labels: str | None = None
     rules: str | None = None
     template: str = "conversation-first"
-    row_length: int = 1024
-    rows_per_step: int = 8
+    row_length: PositiveInt = 1024
+    rows_per_step: PositiveInt = 8
     exact_batch: bool = False
-    pairs_per_step: int | None = None  # with exact_batch: pairs (or replies) a step, however many rows they take
+    pairs_per_step: PositiveInt | None = None  # with exact_batch: pairs (or replies), however many rows they take
     overlong: Literal["fail", "drop"] = "fail"
 
 
@@ -82,8 +82,8 @@ class MeshOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointOptions:
-    every_steps: int = 100
-    keep: int = 2
+    every_steps: PositiveInt = 100
+    keep: PositiveInt = 2
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -95,10 +95,10 @@ class TrainOptions:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    epochs: int = 1
-    max_steps: int | None = None
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
     seed: int = 0
-    log_every_steps: int = 1
+    log_every_steps: PositiveInt = 1
 
 
 def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, Any] | None = None) -> TrainOptions:
@@ -126,7 +126,7 @@ def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, A
             target = target[name]
             if not isinstance(target, dict):
                 raise InputError(f"--{key}: {name} is one value, it has no parts")
-        target[last] = yaml.safe_load(value) if isinstance(value, str) and key not in TEXTS else value
+        target[last] = _yaml(value, f"--{key}") if isinstance(value, str) and key not in TEXTS else value
     return parse_options(section, f"{where}: {verb}")
 
 
@@ -168,6 +168,16 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def _yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as wrong:
+        mark = getattr(wrong, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(wrong, "problem", None) or str(wrong).splitlines()[0]
+        raise InputError(f"{where}{line}: not valid YAML: {reason}") from None
+
+
 def _read(config: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     named = config_folder() / f"{config}.yaml"
     if "/" not in str(config) and named.is_file():
@@ -177,12 +187,7 @@ def _read(config: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     else:
         known = ", ".join(sorted(p.stem for p in config_folder().glob("*.yaml")))
         raise InputError(f"{config}: no such config; give a YAML file or one of: {known}")
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as wrong:
-        mark = getattr(wrong, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{where}{line}: not valid YAML: {getattr(wrong, 'problem', wrong)}") from None
+    raw = _yaml(text, where)
     if not isinstance(raw, dict) or not all(isinstance(v, dict | None) for v in raw.values()):
         raise InputError(f"{where}: a config has one section a verb ({', '.join(VERBS)})")
     return where, raw

@@ -75,7 +75,10 @@ def label(job: LabelJob) -> dict[str, Any]:
                 )
             except ValueError as wrong:
                 raise InputError(f"{job.scores}: {wrong}") from None
-            for i, pair in enumerate(islice(stream, len(scores))):
+            some = list(islice(stream, len(scores)))
+            if len(some) < len(scores):
+                raise InputError(f"{job.scores}: holds more rows than {source} has pairs; score again")
+            for i, pair in enumerate(some):
                 if pair.id != scores.ids[i]:
                     raise InputError(f"{job.scores}: pair {scores.ids[i]!r} is {pair.id!r} in {source}; score again")
                 counts["pairs"] += 1
@@ -93,6 +96,8 @@ def label(job: LabelJob) -> dict[str, Any]:
                 p = float(chosen.probability[i])
                 yield Label(pair.id, pair.prompt, *sides, rules, margin, max(p, 1 - p))
             row += len(scores)
+        if next(stream, None) is not None:
+            raise InputError(f"{job.scores}: holds fewer rows than {source} has pairs; score again")
 
     written = write_labels(job.out, labels())
     return {

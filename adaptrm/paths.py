@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -101,15 +101,20 @@ def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     partial = f"{inner}.partial"
     try:
         fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
-        with fs.open(partial, "wb") as stream:
-            yield stream
+        try:
+            with fs.open(partial, "wb") as stream:
+                yield stream
+                if is_local(path):
+                    stream.flush()
+                    os.fsync(stream.fileno())
             if is_local(path):
-                stream.flush()
-                os.fsync(stream.fileno())
-        if is_local(path):
-            os.replace(partial, inner)
-        else:
-            fs.mv(partial, inner)
+                os.replace(partial, inner)
+            else:
+                fs.mv(partial, inner)
+        except BaseException:
+            with suppress(OSError):
+                fs.rm(partial)
+            raise
     except OSError as wrong:
         raise InputError(f"{path}: cannot be written: {wrong.strerror or wrong}; free space or change --out") from None
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numerics import assert_equal_to
 
-from adaptrm.data.preferences import load_pairs
+from adaptrm.data.preferences import Pair, load_pairs
 from adaptrm.judge import Judge
 from adaptrm.rules import RulePool
 from adaptrm.rules.pool import Rule
@@ -41,6 +41,18 @@ claims to be a human being.
 """.strip().split("\n")
 
 
+def short_pairs(path) -> list[Pair]:
+    """The shortest, so that the separate sequences take minutes; no conversation comes twice."""
+    chosen: list[Pair] = []
+    seen: set[tuple[str, str]] = set()
+    for pair in sorted(load_pairs(path), key=lambda pair: (len(pair.response_a) + len(pair.response_b), pair.id)):
+        sides = {(pair.prompt[-1]["content"], response) for response in (pair.response_a, pair.response_b)}
+        if len(sides) == 2 and not sides & seen:
+            chosen.append(pair)
+            seen |= sides
+    return chosen[:PAIRS]
+
+
 @pytest.mark.slow
 def test_answers_equal_transformers_on_real_conversations(smollm2, data, one_device):
     torch = pytest.importorskip("torch")
@@ -48,10 +60,7 @@ def test_answers_equal_transformers_on_real_conversations(smollm2, data, one_dev
 
     pool = RulePool("24", "1", tuple(Rule(f"r{i}", "", f"The response {text}") for i, text in enumerate(RULES)))
     assert len(pool) == 24
-    # The shortest, so that the separate sequences take minutes, and none that is a copy of another.
-    every = load_pairs(data / "pairs" / "xstest_pairs.jsonl.gz")
-    pairs = sorted(every, key=lambda pair: (len(pair.response_a) + len(pair.response_b), pair.id))[:PAIRS]
-    assert len({(pair.prompt[-1]["content"], r) for pair in pairs for r in (pair.response_a, pair.response_b)}) == 20
+    pairs = short_pairs(data / "pairs" / "xstest_pairs.jsonl.gz")
     judge = Judge.from_pretrained(smollm2, pool, mesh=one_device)
     got = judge.log_probabilities(pairs)
 

@@ -3,7 +3,8 @@
 Both sides run the same random Llama in float32 in one process on the same cores: ours is the jitted program that
 ``adaptrm.judge.Judge`` runs, on one tree of the conversation with the rules below it; the loop is transformers
 (torch) on the conversation followed by each rule in turn. The log-probabilities of three answers are compared.
-A first run of each side, with compilation, is left out; times are medians in seconds. Prints JSON.
+A first run of each side, with compilation, is left out; times are medians in seconds, of the clock and of the
+processor (the second says more where other work shares the cores). Prints JSON.
 
     python tools/bench_judge.py --out bench.json
     python tools/bench_judge.py --rules 24 --prompt 256 --repeats 5
@@ -44,13 +45,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(run: Callable, repeats: int) -> tuple:
-    """The result of a first run that is not timed, and the median time of the others."""
-    result, times = run(), []
+    """The result of a first run that is not timed, and the median wall and CPU seconds of the others."""
+    result, wall, cpu = run(), [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
         run()
-        times.append(time.perf_counter() - start)
-    return result, statistics.median(times)
+        wall.append(time.perf_counter() - wall_start)
+        cpu.append(time.process_time() - cpu_start)
+    return result, statistics.median(wall), statistics.median(cpu)
 
 
 def main() -> None:
@@ -108,13 +110,16 @@ def main() -> None:
                 found.append(torch.stack([torch.logsumexp(log_p[list(ids)], -1) for ids in answers]))
         return torch.stack(found).numpy()
 
-    tree_answers, tree_seconds = measure(ours, options.repeats)
-    loop_answers, loop_seconds = measure(loop, options.loop_repeats)
+    tree_answers, tree_seconds, tree_cpu = measure(ours, options.repeats)
+    loop_answers, loop_seconds, loop_cpu = measure(loop, options.loop_repeats)
     difference = float(np.abs(tree_answers - loop_answers).max())
     result = {
         "tree_seconds": round(tree_seconds, 3),
         "loop_seconds": round(loop_seconds, 3),
         "ratio": round(loop_seconds / tree_seconds, 2),
+        "tree_cpu_seconds": round(tree_cpu, 3),
+        "loop_cpu_seconds": round(loop_cpu, 3),
+        "cpu_ratio": round(loop_cpu / tree_cpu, 2),
         "max_difference": difference,
         "largest_absolute_value": float(np.abs(loop_answers).max()),
         "tree_tokens": len(tree),

@@ -86,15 +86,17 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
     """
     for where, row in read_rows(path):
         at = f"{path}: {where}"
-        if not {"id", "prompt", "chosen", "rejected"} <= row.keys():
+        if row.get("id") is None or not {"prompt", "chosen", "rejected"} <= row.keys():
             raise InputError(f"{at}: needs id, prompt, chosen, rejected; make label files with adaptrm label")
         sides = [check_response(_last_text(row[side], side, at), side, at) for side in ("chosen", "rejected")]
         probability = row.get("probability", 1.0)
         if not isinstance(probability, int | float) or not 0.5 <= probability <= 1:
             raise InputError(f"{at}: probability is {probability!r}; it must be .5 to 1")
-        rules = tuple(map(str, row.get("rules") or ()))
-        margin = float(row.get("rule_margin") or 0)
-        yield Label(str(row["id"]), check_prompt(row["prompt"], at), *sides, rules, margin, float(probability))
+        rules, margin = row.get("rules") or [], row.get("rule_margin") or 0
+        if not isinstance(rules, list) or not isinstance(margin, int | float):
+            raise InputError(f"{at}: rules must be a list of ids, rule_margin a number")
+        rules = tuple(map(str, rules))
+        yield Label(str(row["id"]), check_prompt(row["prompt"], at), *sides, rules, float(margin), float(probability))
 
 
 def _last_text(value, name: str, where: str):

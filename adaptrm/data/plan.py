@@ -88,13 +88,6 @@ class Plan:
         bounds = np.cumsum([0, *map(len, rows)])
         return _Epoch(np.concatenate(rows).astype(np.int32), bounds, np.asarray(steps))
 
-    def _at(self, step: int) -> tuple[_Epoch, int]:
-        epoch, within = divmod(step, self.steps_per_epoch)
-        current = self._current  # one read: another thread may replace it
-        if current[0] != epoch:
-            self._current = current = (epoch, self._pack(epoch))
-        return current[1], within
-
     def row(self, step: int, row: int) -> np.ndarray:
         """Examples in a row of a step; none where the step is not full."""
         epoch, within = divmod(step, self.steps_per_epoch)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,8 +83,8 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, Mapping[str, Any]]
                     for row in batch.to_pylist():
                         number += 1
                         yield f"row {number}", row
-            except pyarrow.lib.ArrowInvalid as wrong:
-                raise InputError(f"{path}: not a whole Parquet file: {wrong}") from None
+            except (pyarrow.lib.ArrowException, OSError) as wrong:
+                raise InputError(f"{path}: not a whole Parquet file: {str(wrong).splitlines()[0]}") from None
         return
     with paths.reading(path) as stream:
         try:
@@ -92,12 +93,12 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, Mapping[str, Any]]
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as wrong:
+                except (ValueError, RecursionError) as wrong:
                     raise InputError(f"{path}: line {number}: not valid JSON: {wrong}") from None
                 if not isinstance(row, dict):
                     raise InputError(f"{path}: line {number}: must be a JSON object, is {type(row).__name__}")
                 yield f"line {number}", row
-        except (EOFError, OSError) as wrong:
+        except (EOFError, OSError, zlib.error) as wrong:
             raise InputError(f"{path}: not a whole gzip file: {wrong}") from None
 
 
@@ -107,13 +108,15 @@ def pairs_of_row(row: Mapping[str, Any], where: str) -> Iterator[Pair]:
     Raises:
         InputError: a column is missing, empty or of the wrong kind.
     """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: must be an object with named columns, is {type(row).__name__}")
     row_id = row.get("id")
     if row_id is None:
         content = json.dumps(row, sort_keys=True, ensure_ascii=True, default=str)
         row_id = hashlib.sha256(content.encode()).hexdigest()[:16]
-    row_id = str(row_id)
+    row_id = _whole(str(row_id), "id", where)
     subset = row.get("subset")
-    subset = None if subset is None else str(subset)
+    subset = None if subset is None else _whole(str(subset), "subset", where)
     if "response_a" in row and "response_b" in row:
         preferred = row.get("preferred")
         if preferred not in ("a", "b", None):
@@ -123,6 +126,8 @@ def pairs_of_row(row: Mapping[str, Any], where: str) -> Iterator[Pair]:
         yield Pair(row_id, prompt, a, b, preferred, subset)
     elif "chosen_list" in row and "rejected_list" in row:
         prompt = check_prompt(row.get("prompt"), where)
+        if not isinstance(row["chosen_list"], list) or not isinstance(row["rejected_list"], list):
+            raise InputError(f"{where}: chosen_list and rejected_list must be lists of responses")
         for i, chosen in enumerate(row["chosen_list"]):
             for j, rejected in enumerate(row["rejected_list"]):
                 a, b = check_response(chosen, "chosen_list", where), check_response(rejected, "rejected_list", where)
@@ -148,6 +153,9 @@ def _chosen_rejected(row, where: str):
             while shared and chosen[shared - 1]["role"] != "user":
                 shared -= 1
             prompt = list(chosen[:shared])
+        elif len(chosen) > 1:  # whole conversations beside their prompt, as UltraFeedback has them
+            given = check_prompt(prompt, where)
+            shared = len(given) if given == chosen[: len(given)] == rejected[: len(given)] else 0
         if len(chosen) != shared + 1 or len(rejected) != shared + 1:
             raise InputError(f"{where}: chosen and rejected must differ in their last message alone")
         chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
@@ -161,7 +169,7 @@ def _chosen_rejected(row, where: str):
 def check_prompt(value, where: str) -> tuple[Mapping[str, str], ...]:
     """A prompt as messages, the last one of the user; a text is one message."""
     if isinstance(value, str) and value.strip():
-        return ({"role": "user", "content": value},)
+        return ({"role": "user", "content": _whole(value, "prompt", where)},)
     if not isinstance(value, list | tuple) or not value:
         raise InputError(f"{where}: prompt is missing or empty; give a text or a list of messages")
     messages = check_messages(value, "prompt", where)
@@ -176,14 +184,23 @@ def check_messages(value, name: str, where: str) -> tuple[Mapping[str, str], ...
         good = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not good or message.get("role") not in ROLES:
             raise InputError(f"{where}: {name} must hold messages with a role ({', '.join(ROLES)}) and a content text")
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+    return tuple({"role": m["role"], "content": _whole(m["content"], name, where)} for m in value)
 
 
 def check_response(value, name: str, where: str) -> str:
     """A text that is not empty."""
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: {name} is empty or no text; drop the row or mend it")
-    return value
+    return _whole(value, name, where)
+
+
+def _whole(text: str, name: str, where: str) -> str:
+    """A text that UTF-8 can hold; JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: {name} holds half of a character (a lone surrogate); mend the row") from None
+    return text
 
 
 def _dialogue(text: str, where: str) -> list[dict[str, str]]:

@@ -135,5 +135,6 @@ def read_part(file: str | os.PathLike, rules: list[str]) -> Scores:
             flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             arrays[attribute] = flat.astype(np.float32, copy=False).reshape(len(table), len(rules))
         return Scores(table["id"].to_pylist(), rules, **arrays)
-    except (pyarrow.lib.ArrowException, KeyError, ValueError) as wrong:
-        raise InputError(f"{file}: not a part of a score folder with {len(rules)} rules: {wrong}") from None
+    except (pyarrow.lib.ArrowException, OSError, KeyError, ValueError) as wrong:
+        reason = str(wrong).splitlines()[0]
+        raise InputError(f"{file}: not a part of a score folder with {len(rules)} rules: {reason}") from None

@@ -48,6 +48,9 @@ def evaluate_pairs(
             if not known:
                 continue
             rewards = np.asarray(scorer(known), np.float32)
+            if not (finite := np.isfinite(rewards).all(axis=1)).all():
+                name = known[int(np.argmin(finite))].id
+                raise InputError(f"{model}: the reward of pair {name!r} is not finite in {dtype}; check its weights")
             scores = np.stack([r if p.preferred == "a" else r[::-1] for r, p in zip(rewards, known, strict=True)])
             subsets = [pair.subset or "all" for pair in known]
             flat = pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), 2)

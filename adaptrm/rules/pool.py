@@ -96,7 +96,8 @@ class RulePool:
         except yaml.YAMLError as wrong:
             mark = getattr(wrong, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
-            raise InputError(f"{where}{line}: not valid YAML: {getattr(wrong, 'problem', wrong)}") from None
+            reason = getattr(wrong, "problem", None) or str(wrong).splitlines()[0]
+            raise InputError(f"{where}{line}: not valid YAML: {reason}") from None
         if not isinstance(raw, dict) or not isinstance(raw.get("rules"), list) or not raw["rules"]:
             raise InputError(f"{where}: a rule pool has name, version and a list of rules")
         rules = tuple(_rule(entry, f"{where}: rule {number}") for number, entry in enumerate(raw["rules"], 1))

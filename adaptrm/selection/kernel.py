@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, UInt32
 
 STRATEGIES = ("max-discrepancy", "all", "random", "fixed", "relevance")
 
@@ -16,7 +16,7 @@ def select_rows(
     relevance: Float32[Array, "pairs rules"],
     discrepancy_weight: Float32[Array, ""],
     fixed: Int32[Array, " k"] | None,
-    seed: Int32[Array, ""],
+    seed: UInt32[Array, ""],
     first_row: Int32[Array, ""],
     *,
     strategy: str,

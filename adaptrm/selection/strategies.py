@@ -64,8 +64,11 @@ def select(
         raise ValueError(f"strategy {strategy!r} is unknown; known: {', '.join(STRATEGIES)}")
     if weights is not None:
         raise ValueError(f"strategy {strategy!r} takes no weights")
+    if not np.isfinite(discrepancy_weight):
+        raise ValueError(f"discrepancy_weight is {discrepancy_weight}; it must be a finite number")
     for name, values, low in (("a", a, -1), ("b", b, -1), ("relevance", relevance, 0)):
         _check_range(name, values, low, ids, first_row)
+    relevance = np.abs(relevance)  # -0 sorts below 0, and would break a tie
     k, fixed = _resolve_k(strategy, k, rules, a.shape[1])
     chosen, margin = select_rows(
         a,
@@ -73,7 +76,7 @@ def select(
         relevance,
         jnp.float32(discrepancy_weight),
         fixed,
-        jnp.int32(seed),
+        jnp.uint32(seed % 2**32),
         jnp.int32(first_row),
         strategy=strategy,
         k=k,
@@ -84,11 +87,11 @@ def select(
 
 
 def _resolve_k(strategy: str, k: int, rules: Sequence[int] | None, count: int):
+    if strategy != "fixed" and rules is not None:
+        raise ValueError(f"strategy {strategy!r} takes no rules; only 'fixed' does")
     if strategy == "all":
         return count, None
     if strategy != "fixed":
-        if rules is not None:
-            raise ValueError(f"strategy {strategy!r} takes no rules; only 'fixed' does")
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}; with {count} rules it must be 1 to {count}")
         return k, None
