@@ -202,13 +202,13 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         console.print(picture)
 
 
-def _readable(value: Any) -> str:
+def _readable(value: Any, separator: str = "\n") -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return "\n".join(f"{k}: {_readable(v)}" for k, v in value.items()) or "none"
+        return separator.join(f"{k}: {_readable(v, ', ')}" for k, v in value.items()) or "none"
     if isinstance(value, list):
-        return ", ".join(map(_readable, value))
+        return " to ".join(map(_readable, value)) if len(value) == 2 else ", ".join(map(_readable, value))
     return "none" if value is None else str(value)
 
 

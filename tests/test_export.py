@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from commands import adaptrm, pair_rows, write_rows
-from tiny import tiny_causal_lm, tiny_pairs
+from tiny import tiny_causal_lm, tiny_pairs, tiny_tokenizer
 
 from adaptrm.config import parse_options
 from adaptrm.data.chat import DATE, ChatTokenizer, choose_pad_token
@@ -102,7 +102,7 @@ def test_a_pad_token_that_ends_conversations_is_told_and_read_as_transformers_do
     RewardModel.from_pretrained(run).save_pretrained(tmp_path / "unsafe")
     folder = tmp_path / "unsafe"
     # A template whose last token is the end token, and pad = end: transformers reads the reward before it.
-    template = (folder / "chat_template.jinja").read_text().replace("<|im_end|>\\n", "<|im_end|>")
+    template = (folder / "chat_template.jinja").read_text().replace("<|im_end|>\n", "<|im_end|>")
     (folder / "chat_template.jinja").write_text(template)
     config = json.loads((folder / "config.json").read_text())
     end = ChatTokenizer.from_folder(folder).tokenizer.eos_token_id
@@ -121,7 +121,7 @@ def test_a_pad_token_that_ends_conversations_is_told_and_read_as_transformers_do
 
 
 def test_a_pad_token_is_added_where_no_special_token_is_free(tmp_path):
-    tiny_causal_lm(tmp_path / "lm")
+    tiny_causal_lm(tmp_path / "lm", vocab_size=len(tiny_tokenizer(tmp_path / "tokenizer")))
     chat = ChatTokenizer.from_folder(tmp_path / "lm")
     assert choose_pad_token(chat) == ("<|endoftext|>", 0)
     template = "{{ '<|endoftext|>' }}" + chat.tokenizer.chat_template
@@ -158,7 +158,7 @@ def test_folders_that_are_no_reward_model_say_so(run, tmp_path):
     with pytest.raises(InputError, match=r"has no score.weight; this is not a reward model"):
         tiny_causal_lm(tmp_path / "lm")
         RewardModel.from_pretrained(tmp_path / "lm")
-    with pytest.raises(InputError, match="no config.yaml; this is not a run folder"):
+    with pytest.raises(InputError, match=r"no config\.yaml; this is not a run folder"):
         export_run(tmp_path / "lm", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")

@@ -83,7 +83,7 @@ def test_a_folder_takes_scores_of_one_kind_only(folder, scored, tmp_path, field,
     write_rows(tmp_path / "pairs", pair_rows(tiny_pairs(PAIRS)))
     value = {"dtype": "bfloat16", "part_size": 8}.get(change, str(tmp_path / change))
     before = contents(folder / "scores")
-    with pytest.raises(InputError, match="another (pool|rules|count|parts|pairs|dtype|part_size)"):
+    with pytest.raises(InputError, match=r"another (pool|rules|count|parts|pairs|dtype|part_size)"):
         score(job(folder, folder / "scores", **{change: value}))
     assert contents(folder / "scores") == before
 

@@ -3,12 +3,16 @@
 pytest -m slow tests/test_smollm2.py --smollm2 DIR --data DIR
 """
 
+import jax
 import numpy as np
 import pytest
+from commands import adaptrm
 from numerics import assert_equal_to
 
 from adaptrm.data.preferences import Pair, load_pairs
 from adaptrm.judge import Judge
+from adaptrm.parallel import make_mesh
+from adaptrm.reward_model import RewardModel
 from adaptrm.rules import RulePool
 from adaptrm.rules.pool import Rule
 
@@ -87,3 +91,30 @@ def test_answers_equal_transformers_on_real_conversations(smollm2, data, one_dev
     assert_equal_to(got, expected, 1e-4)
     assert np.ptp(expected, axis=2).min() > 0.1, "a trained model tells rules apart"
     print(f"\nlargest difference {np.abs(got - expected).max():.2e} over {got[..., 0].size} questions")
+
+
+def test_rewards_of_a_fine_tuned_export_equal_those_of_transformers(smollm2, data, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = data / "pairs" / "hh_harmless_base_test.jsonl.gz"
+    some = ("--data", source, "--labels", "human", "--data.row_length", 1024, "--data.overlong", "drop")
+    short = ("--data.rows_per_step", 1, "--max_steps", 3, "--optimizer.warmup_steps", 0)
+    adaptrm("train", "reward", "small", "--model", smollm2, *some, *short, "--out", tmp_path / "run", long=True)
+    adaptrm("export", tmp_path / "run", tmp_path / "out", "--verify", long=True)
+    conversations = [pair.conversation(side) for pair in load_pairs(source)[:4] for side in "ab"]
+    ours = RewardModel.from_pretrained(tmp_path / "out", mesh=make_mesh(devices=jax.devices()[:1])).score(conversations)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for side in ("left", "right"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", padding_side=side)
+        texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
+        for size in (1, 8):
+            theirs = []
+            for start in range(0, len(texts), size):
+                batch = texts[start : start + size]
+                ids = tokenizer(batch, add_special_tokens=False, padding=True, return_tensors="pt")
+                with torch.no_grad():
+                    theirs += model(ids["input_ids"], attention_mask=ids["attention_mask"]).logits[:, 0].tolist()
+            difference = np.abs(ours - np.asarray(theirs)).max()
+            print(f"\nrewards, padding {side}, batch {size}: largest difference {difference:.2e}")
+            assert difference <= 1e-4 * max(1, np.abs(theirs).max())

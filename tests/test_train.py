@@ -224,7 +224,7 @@ def test_a_judge_learns_rule_labels(folder, tmp_path):
             "id": p.id,
             "prompt": [dict(m) for m in p.prompt],
             "response": side,
-            "labels": {"r0": side.startswith("Let"), "r1": side.startswith("I refuse"), "r3": None},
+            "labels": {"r0": True, "r1": False, "r3": None},  # what a rule says, it says of every reply
         }
         for p in tiny_pairs(12)
         for side in (p.response_a, p.response_b)
@@ -232,17 +232,17 @@ def test_a_judge_learns_rule_labels(folder, tmp_path):
     labels = write_rows(tmp_path / "rule-labels.jsonl", rows)
     section = {
         "model": {"pretrained": str(folder / "lm"), "remat": "none"},
-        "data": {"labels": str(labels), "rules": str(tmp_path / "pool.yaml"), "row_length": 512, "rows_per_step": 8},
-        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
-        "mesh": {"fsdp": 8},
-        "epochs": 12,
+        "data": {"labels": str(labels), "rules": str(tmp_path / "pool.yaml"), "row_length": 512, "rows_per_step": 4},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "mesh": {"fsdp": 4, "tensor": 2},
+        "epochs": 20,
     }
     result = train("judge", parse_options(section, "test"), tmp_path / "run")
     assert result["replies"] == 24
     lines = losses(tmp_path / "run")
     assert lines[-1]["accuracy"] > 0.9 > lines[0]["accuracy"]
     # Only labelled rules are trained: three a reply, one of them as Neither.
-    assert sum(line["weight"] for line in lines) == 12 * 24 * 3
+    assert sum(line["weight"] for line in lines) == 20 * 24 * 3
     with pytest.raises(InputError, match="rule 'r0' is not in pool"):
         (tmp_path / "other.yaml").write_text(pool.to_yaml().replace("id: r0", "id: x0"))
         other = parse_options(section | {"data": section["data"] | {"rules": str(tmp_path / "other.yaml")}}, "test")

@@ -42,11 +42,12 @@ class ChatTokenizer:
         self.where = where
         self.neutralised = 0
         nonce = secrets.token_hex(8)
-        self._mask = f"\ue000{nonce}\ue001"
         spec = json.loads(backend.to_str())
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         self.special_ids = frozenset(added.values())
-        self._surfaces = {text: f"\ue000{nonce}x{number}\ue001" for text, number in added.items()}
+        self._surfaces = {text: f"\ue000{nonce}s{number}\ue001" for text, number in added.items()}
+        # Stands for the string in a message while the template renders, so that it is not taken for the template's.
+        self._masks = {text: f"\ue000{nonce}m{number}\ue001" for text, number in added.items()}
         longest_first = sorted(added, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if added else re.compile(r"(?!)")
         self._guarded = Tokenizer.from_str(json.dumps(_respell(spec, self._surfaces)))
@@ -81,7 +82,7 @@ class ChatTokenizer:
         Raises:
             InputError: the template refuses the conversation.
         """
-        masked = [{"role": m["role"], "content": self._masked(m["content"])} for m in messages]
+        masked = [{"role": self._masked(m["role"]), "content": self._masked(m["content"])} for m in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 masked, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
@@ -89,7 +90,10 @@ class ChatTokenizer:
         except Exception as wrong:  # jinja2 raises whatever the template's code raises
             reason = (str(wrong) or type(wrong).__name__).splitlines()[0]
             raise InputError(f"{self.where}: the chat template refuses a conversation: {reason}") from None
-        return self._pattern.sub(lambda found: self._surfaces[found.group()], text).replace(self._mask, "")
+        text = self._pattern.sub(lambda found: self._surfaces[found.group()], text)
+        for special, mask in self._masks.items():
+            text = text.replace(mask, special)
+        return text
 
     def plain(self, text: str) -> str:
         """Text to splice into something rendered: it cannot form a special token. Counts what it holds."""
@@ -98,7 +102,7 @@ class ChatTokenizer:
 
     def _masked(self, text: str) -> str:
         self.neutralised += len(self._pattern.findall(text))
-        return self._pattern.sub(lambda found: found.group()[0] + self._mask + found.group()[1:], text)
+        return self._pattern.sub(lambda found: self._masks[found.group()], text)
 
     def encode(self, rendered: str) -> Int32[np.ndarray, " tokens"]:
         """Token ids of rendered text; special tokens are those that the template wrote."""

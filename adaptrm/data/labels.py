@@ -158,6 +158,8 @@ def read_rule_labels(path: str | os.PathLike) -> Iterator[RuleLabel]:
     Raises:
         InputError: a row is not one; names the line.
     """
+    if str(path).endswith(".parquet"):  # its columns are the same in every row: an absent rule would read as null
+        raise InputError(f"{path}: rule labels are JSONL; Parquet cannot tell an absent rule from null")
     for where, row in read_rows(path):
         at = f"{path}: {where}"
         labels = row.get("labels")

@@ -70,7 +70,7 @@ class Judge:
         trees, swapped = self.trees(pairs)
         out = np.empty((len(pairs), 2, rules, 3), np.float32)
         for index, leaves in self.read_leaves(trees).items():
-            both = leaves.reshape(2, rules, 3)
+            both = leaves.reshape(-1, rules, 3)  # one where the responses are the same: it stands for both
             out[index] = both[::-1] if swapped[index] else both
         return out
 

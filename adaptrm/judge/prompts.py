@@ -13,7 +13,8 @@ from adaptrm.rules import RulePool
 
 ANSWERS = ("Yes", "No", "Neither")
 # Where quoted text could pass for the transcript's own headings: at the start of a line, whatever ends lines.
-FORGED = re.compile(r"(^|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])([ \t]*)(#|User:|Assistant:|System:)", re.IGNORECASE)
+LINE_END, BLANK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", r"[\s\u200b-\u200f\u2060\ufeff]"
+FORGED = re.compile(rf"(^|{LINE_END})({BLANK}*)(#|User:|Assistant:|System:)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,12 @@ class JudgePrompt:
         """The prompt once, below it both responses in the order of their token ids, below each the rules.
 
         Returns:
-            The tree, and whether response_b comes first. Swapping the responses gives the same tree.
+            The tree, and whether response_b comes first. Swapping the responses gives the same tree. Where the two
+            are the same tokens there is one run of rules, which stands for both.
         """
         a, b = (self._run(prompt, response, rules) for response in (response_a, response_b))
+        if np.array_equal(a.tokens, b.tokens):  # the same question twice: asked once, so that the responses tie
+            return PrefixTree.build(a), False
         cut = common_prefix([a.tokens, b.tokens])
         root = a.tokens[:cut]
         runs = [Node(run.tokens[cut:], run.children) for run in (a, b)]

@@ -53,6 +53,8 @@ class ModelConfig:
         theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         if kind not in ("default", "llama3"):
             raise InputError(f"{where}: rope_type {kind!r} is in force and not implemented; use default or llama3")
+        if (partial := rope.get("partial_rotary_factor")) not in IN_FORCE["partial_rotary_factor"]:
+            raise InputError(f"{where}: partial_rotary_factor = {partial!r} is in force and not implemented")
         try:
             heads = int(raw["num_attention_heads"])
             config = cls(

@@ -32,5 +32,6 @@ def read_leaves(trees: Sequence[PrefixTree], mesh: Mesh, program: Callable[..., 
         for start in range(0, len(packed.tokens), at_once):
             arrays = (packed.tokens, packed.positions, packed.subtree_end, packed.leaves)
             batch = [x[start : start + at_once] for x in arrays]
-            out.append(program(*(place(x, sharding(mesh, x.shape, ("rows", "tokens"))) for x in batch)))
-    return packed.to_owners(np.concatenate([np.asarray(values) for values in out]))
+            placed = (place(x, sharding(mesh, x.shape, ("rows", "tokens"))) for x in batch)
+            out.append(np.asarray(program(*placed)))
+    return packed.to_owners(np.concatenate(out))
