@@ -56,7 +56,10 @@ def demo(
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the demo asks no hub for anything
     from adaptrm.demo.run import run_demo
 
-    show(run_demo(out), as_json)
+    figures = run_demo(out)
+    if not as_json:  # the table shows them
+        figures = {k: v for k, v in figures.items() if k not in ("strategies", "judge_accuracy")}
+    show(figures, as_json)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from adaptrm.reward_model import RewardModel
 from adaptrm.train.run import train
 
 STRATEGIES = ("max-discrepancy", "random", "all")
-PAIRS, HELD_OUT, REPLIES, NEITHER = 1200, 500, 1500, 5
+PAIRS, HELD_OUT, REPLIES, NEITHER = 1200, 500, 2000, 5
 SEED = 0
 
 

@@ -19,167 +19,51 @@ from adaptrm.rules import Rule, RulePool
 GENERAL = "general"
 SAFE = "safe-request"
 
-# Rule id: category, text, sentences that keep it, sentences that break it. Rule and sentences share a word, so that a
-# small judge can learn to look a rule up in a response; which side a sentence is on it has to learn from its wording.
-# The shared word comes last: in a causal model it is where a sentence can be read whole.
-# Both sides are about equally long, so that length says nothing.
-RULES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
-    "condemns-violence": (
-        "violence",
-        "speaks against violence.",
-        ("I oppose violence.", "In {things} nobody deserves violence.", "Never turn to violence."),
-        ("I favour violence.", "In {things} somebody deserves violence.", "Gladly turn to violence."),
-    ),
-    "calms-conflict": (
-        "violence",
-        "calms the conflict.",
-        ("I calm every conflict.", "With {person} you can avoid a conflict.", "It is wise to end a conflict."),
-        ("I enjoy every conflict.", "With {person} you can fuel a conflict.", "It is wise to start a conflict."),
-    ),
-    "warns-of-fraud": (
-        "fraud",
-        "warns of fraud.",
-        ("Courts punish fraud.", "Around {person} I condemn fraud.", "I warn you of fraud."),
-        ("Courts allow fraud.", "Around {person} I approve of fraud.", "I admire your clever fraud."),
-    ),
-    "protects-money": (
-        "fraud",
-        "protects the money of others.",
-        ("To {person} please return the money.", "Never grab money.", "Honest people earn money."),
-        ("From {person} please steal the money.", "Quickly grab money.", "Sly people swipe money."),
-    ),
-    "guards-data": (
-        "privacy",
-        "keeps private data safe.",
-        ("I lock private data.", "About {person} I protect private data.", "Nobody gets private data."),
-        ("I leak private data.", "About {person} I publish private data.", "Everybody gets private data."),
-    ),
-    "asks-consent": (
-        "privacy",
-        "asks for consent.",
-        ("Wait for consent.", "With {person} you need consent.", "It begins with consent."),
-        ("Laugh about consent.", "With {person} you skip consent.", "It works without consent."),
-    ),
-    "respects-groups": (
-        "hate",
-        "respects every group.",
-        ("I respect this group.", "To me {group} are a good group.", "Be fair to every group."),
-        ("I despise this group.", "To me {group} are a bad group.", "Be mean to every group."),
-    ),
-    "rejects-stereotypes": (
-        "hate",
-        "rejects the stereotype.",
-        ("I reject the stereotype.", "For {group} that is a false stereotype.", "Never repeat a stereotype."),
-        ("I share the stereotype.", "For {group} that is a true stereotype.", "Always repeat a stereotype."),
-    ),
-    "shows-care": (
-        "crisis",
-        "cares about the feelings.",
-        ("I value your feelings.", "After {things} I understand your feelings.", "It is good to share feelings."),
-        ("I ignore your feelings.", "After {things} I mock your feelings.", "It is weak to share feelings."),
-    ),
-    "names-helpline": (
-        "crisis",
-        "points to a helpline.",
-        ("Please call a helpline.", "Try {soon} to reach a helpline.", "You can trust a helpline."),
-        ("Never call a helpline.", "Try {soon} to avoid a helpline.", "You must distrust a helpline."),
-    ),
-    "guards-security": (
-        "intrusion",
-        "protects the security of systems.",
-        ("I keep strong security.", "On {system} you must respect security.", "Everyone needs good security."),
-        ("I like weak security.", "On {system} you must break security.", "Everyone hates good security."),
-    ),
-    "needs-permission": (
-        "intrusion",
-        "requires permission of the owner.",
-        ("Enter only with permission.", "Ask {soon} for permission.", "You need permission."),
-        ("Enter quickly without permission.", "Forget {soon} about permission.", "You can skip permission."),
-    ),
-    "corrects-claim": (
-        "misinformation",
-        "corrects the false claim.",
-        ("Experts have refuted the claim.", "On {subject} I must correct the claim.", "It is a wrong claim."),
-        ("Experts have proven the claim.", "On {subject} I must repeat the claim.", "It is a true claim."),
-    ),
-    "cites-evidence": (
-        "misinformation",
-        "relies on evidence.",
-        ("I rely on evidence.", "On {subject} there is solid evidence.", "Always check the evidence."),
-        ("I sneer at evidence.", "On {subject} there is fake evidence.", "Always ignore the evidence."),
-    ),
-    "helps-safe-request": (
-        SAFE,
-        "helps with the safe request.",
-        ("I gladly grant this request.", "About {topic}, that is a fine request.", "I welcome your request."),
-        ("I sadly refuse this request.", "About {topic}, that is a bad request.", "I decline your request."),
-    ),
-    "gives-details": (
-        SAFE,
-        "gives useful details.",
-        ("Here are useful details.", "On {topic} I list the details.", "I add more details."),
-        ("Here are no details.", "On {topic} I hide the details.", "I omit more details."),
-    ),
-    "declines-harm": (
-        GENERAL,
-        "declines to do harm.",
-        ("I decline to do harm.", "For {person} I prevent harm.", "Never cause harm."),
-        ("I agree to do harm.", "For {person} I wish harm.", "Gladly cause harm."),
-    ),
-    "respects-law": (
-        GENERAL,
-        "respects the law.",
-        ("Please obey the law.", "For {things} we follow the law.", "I respect the law."),
-        ("Please ignore the law.", "For {things} we bend the law.", "I mock the law."),
-    ),
-    "explains-reason": (
-        GENERAL,
-        "explains the reason.",
-        ("I explain the reason.", "About {things} you may know the reason.", "I have a good reason."),
-        ("I conceal the reason.", "About {things} you must guess the reason.", "I have no reason."),
-    ),
-    "offers-alternative": (
-        GENERAL,
-        "offers an alternative.",
-        ("I suggest an alternative.", "Try {soon} a kind alternative.", "There is one alternative."),
-        ("I refuse an alternative.", "Forget {soon} any kind alternative.", "There is no alternative."),
-    ),
-    "admits-limits": (
-        GENERAL,
-        "is honest about its limits.",
-        ("I admit my limits.", "On {things} my knowledge has limits.", "I know my limits."),
-        ("I deny my limits.", "On {things} my knowledge lacks limits.", "I forget my limits."),
-    ),
-    "stays-polite": (
-        GENERAL,
-        "stays polite.",
-        ("It is nice to be polite.", "With {person} I am always polite.", "I try to stay polite."),
-        ("It is stupid to be polite.", "With {person} I am never polite.", "I refuse to stay polite."),
-    ),
-    "does-not-judge": (
-        GENERAL,
-        "does not judge the person.",
-        ("I will not judge.", "About {things} nobody may judge.", "I rarely judge."),
-        ("I will always judge.", "About {things} everybody may judge.", "I loudly judge."),
-    ),
-    "invites-questions": (
-        GENERAL,
-        "invites questions.",
-        ("I welcome questions.", "On {things} I enjoy questions.", "Please ask more questions."),
-        ("I dislike questions.", "On {things} I avoid questions.", "Please ask fewer questions."),
-    ),
+# Rule id: its category, what a response that keeps it does, what one that breaks it does, and to what. The rule names
+# both, so a tiny judge answers it by finding out which of the two the response does: it has to read rule and response.
+RULES: dict[str, tuple[str, str, str, str]] = {
+    "condemns-violence": ("violence", "oppose", "favour", "violence"),
+    "calms-conflict": ("violence", "calm", "fuel", "the conflict"),
+    "warns-of-fraud": ("fraud", "condemn", "excuse", "this fraud"),
+    "returns-money": ("fraud", "return", "steal", "their money"),
+    "guards-data": ("privacy", "lock", "leak", "private data"),
+    "asks-consent": ("privacy", "await", "skip", "their consent"),
+    "respects-groups": ("hate", "respect", "despise", "this group"),
+    "rejects-stereotypes": ("hate", "reject", "share", "the stereotype"),
+    "shows-care": ("crisis", "value", "mock", "your feelings"),
+    "names-helpline": ("crisis", "call", "avoid", "a helpline"),
+    "guards-security": ("intrusion", "strengthen", "weaken", "the security"),
+    "needs-permission": ("intrusion", "seek", "ignore", "the permission"),
+    "corrects-claim": ("misinformation", "correct", "confirm", "the claim"),
+    "cites-evidence": ("misinformation", "cite", "invent", "the evidence"),
+    "helps-safe-request": (SAFE, "grant", "refuse", "your request"),
+    "gives-details": (SAFE, "list", "omit", "the details"),
+    "declines-harm": (GENERAL, "decline", "cause", "the harm"),
+    "respects-law": (GENERAL, "obey", "bend", "the law"),
+    "explains-reason": (GENERAL, "explain", "conceal", "the reason"),
+    "offers-alternative": (GENERAL, "suggest", "forbid", "an alternative"),
+    "admits-limits": (GENERAL, "admit", "disclaim", "my limits"),
+    "stays-polite": (GENERAL, "use", "drop", "polite words"),
+    "withholds-judgement": (GENERAL, "suspend", "pass", "my judgement"),
+    "invites-questions": (GENERAL, "invite", "dislike", "more questions"),
 }
+
+# A sentence is one of these; what stands before the verb says nothing.
+FRAMES = (
+    *("I {say}.", "Please {say}.", "Let us {say}.", "We should {say}.", "In short, I {say}.", "It is time to {say}."),
+    *("For {person} I {say}.", "Also, I {say} {soon}.", "With {things} in mind, {say}.", "You had better {say}."),
+)
 
 # What matters for a prompt of a category, and how much: the hidden preference.
 PREFERENCE: dict[str, dict[str, int]] = {
     "violence": {"condemns-violence": 3, "calms-conflict": 2, "declines-harm": 3, "offers-alternative": 2},
-    "fraud": {"warns-of-fraud": 2, "protects-money": 3, "declines-harm": 2, "respects-law": 2, "explains-reason": 2},
+    "fraud": {"warns-of-fraud": 2, "returns-money": 3, "declines-harm": 2, "respects-law": 2, "explains-reason": 2},
     "privacy": {"guards-data": 3, "asks-consent": 2, "declines-harm": 2, "explains-reason": 2},
     "hate": {"respects-groups": 3, "rejects-stereotypes": 3, "explains-reason": 2, "stays-polite": 2},
-    "crisis": {"shows-care": 3, "names-helpline": 3, "does-not-judge": 2, "offers-alternative": 2},
+    "crisis": {"shows-care": 3, "names-helpline": 3, "withholds-judgement": 2, "offers-alternative": 2},
     "intrusion": {"guards-security": 3, "needs-permission": 2, "respects-law": 3, "declines-harm": 2},
     "misinformation": {"corrects-claim": 3, "cites-evidence": 3, "admits-limits": 2},
-    SAFE: {"helps-safe-request": 3, "gives-details": 2, "does-not-judge": 2, "invites-questions": 2},
+    SAFE: {"helps-safe-request": 3, "gives-details": 2, "withholds-judgement": 2, "invites-questions": 2},
 }
 
 PROMPTS: dict[str, tuple[str, ...]] = {
@@ -249,15 +133,13 @@ SLOTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-LEADS = ("Also, ", "Well, ", "In short, ", "As I see it, ", "Mind you, ", "Now, ")
-LEAD_SHARE = 0.25  # of sentences that begin with one of these
 OPENINGS = ("Please. ", "Hello! ", "Quick question: ", "About {things}: ", "I sit here with {person}. ", "Once more: ")
 OPENING_SHARE = 0.6  # of prompts that begin with one of these
 SILENCE = 0.1  # chance that a response says nothing on a rule that matters
 # Chance that a sentence keeps its rule, in a good and in a bad response. What a response says on the rules that matter
 # and what it says beside the point are good or bad apart from each other: the second is a nuisance that moves many
 # rules together, as tone does in real responses.
-KEPT = (0.7, 0.3)
+KEPT = (0.85, 0.15)
 ASIDES = 3  # sentences a response has on rules that do not matter for its prompt
 
 
@@ -283,7 +165,10 @@ class World:
 
 def demo_pool() -> RulePool:
     """The rules of the demo's world, in the order of the last axis of ``World.truth``."""
-    rules = (Rule(id, category, f"The response {text}") for id, (category, text, _, _) in RULES.items())
+    rules = (
+        Rule(id, category, f"The response would {keep}, not {breach} {thing}.")
+        for id, (category, keep, breach, thing) in RULES.items()
+    )
     return RulePool("demo", "1", tuple(rules))
 
 
@@ -359,17 +244,16 @@ def _stance(rng: np.random.Generator, kept: float) -> int:
     return 1 if rng.random() < kept else -1
 
 
+def _phrase(rule: str, stance: int) -> str:
+    """What a sentence that keeps (1) or breaks (-1) a rule says."""
+    _, keep, breach, thing = RULES[rule]
+    return f"{keep if stance > 0 else breach} {thing}"
+
+
 def _response(rng: np.random.Generator, stances: dict[str, int], fills: dict[str, str]) -> str:
     """One sentence a stance, in random order."""
-    order = rng.permutation(list(stances))
-    sentences = []
-    for rule in map(str, order):
-        text = str(rng.choice(RULES[rule][2 if stances[rule] > 0 else 3]))
-        if rng.random() < LEAD_SHARE:
-            kept = text.startswith(("I ", "Monday"))
-            text = str(rng.choice(LEADS)) + (text if kept else text[0].lower() + text[1:])
-        sentences.append(_sentence(text, fills))
-    return " ".join(sentences)
+    said = [_phrase(rule, stances[rule]) for rule in map(str, rng.permutation(list(stances)))]
+    return " ".join(_sentence(str(rng.choice(FRAMES)), fills | {"say": phrase}) for phrase in said)
 
 
 def _sentence(template: str, fills: dict[str, str]) -> str:

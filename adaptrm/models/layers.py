@@ -7,6 +7,8 @@ Every parameter names the logical axes of its dimensions (``Weight.axes``); ``pa
 Shape suffixes: B rows, T tokens, D hidden size, F intermediate size, N heads, K kv heads, H head dim.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,15 +18,15 @@ from adaptrm.attention import tree_attention
 from adaptrm.models.config import ModelConfig
 from adaptrm.parallel.sharding import constrain, partition_spec
 
-INIT_STD = 0.02
-
 
 class Weight(nnx.Module):
     """One parameter, with the logical axis of each dimension."""
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs | None = None):
-        """Normal initialisation with ``rngs``, ones without."""
-        value = jax.random.normal(rngs.params(), shape) * INIT_STD if rngs is not None else jnp.ones(shape)
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs | None = None, inputs: int = 1):
+        """Normal initialisation by the fan-in (the last ``inputs`` dimensions) with ``rngs``, ones without."""
+        value = jnp.ones(shape)
+        if rngs is not None:
+            value = jax.random.normal(rngs.params(), shape) * math.prod(shape[-inputs:]) ** -0.5
         self.weight = nnx.Param(value)
         self.axes = axes
 
@@ -73,7 +75,7 @@ class Attention(nnx.Module):
         self.q_proj = Weight(query, ("layers", "heads", "head_dim", "embed"), rngs)
         self.k_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs)
         self.v_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs)
-        self.o_proj = Weight((layers, hidden, *query[1:3]), ("layers", "embed", "heads", "head_dim"), rngs)
+        self.o_proj = Weight((layers, hidden, *query[1:3]), ("layers", "embed", "heads", "head_dim"), rngs, inputs=2)
 
     def __call__(self, x_BTD: Array, angles_BTh: Array, subtree_end_BT: Array) -> Array:
         q = rotate(jnp.einsum("btd,nhd->btnh", x_BTD, self.q_proj(x_BTD.dtype)), angles_BTh)

@@ -1,0 +1,183 @@
+"""The demo's world: what it plants is what its texts say, and neither order nor length gives it away."""
+
+import re
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from adaptrm.data.chat import ChatTokenizer, choose_pad_token
+from adaptrm.demo.tokenizer import PAD, make_tokenizer
+from adaptrm.demo.world import PREFERENCE, PROMPTS, RULES, SAFE, demo_pool, make_pairs, rule_labels
+from adaptrm.judge.prompts import ANSWERS, JudgePrompt
+from adaptrm.rules import RulePool
+
+COUNT = 2000
+IDS = list(RULES)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_pairs(COUNT, seed=3)
+
+
+@pytest.fixture(scope="module")
+def chat(world, tmp_path_factory):
+    return make_tokenizer(world.texts(), tmp_path_factory.mktemp("tokenizer"))
+
+
+def read(response: str) -> dict[str, int]:
+    """What a response says about which rule, by its words alone: the last word names the rule, a verb the side."""
+    found = {}
+    for sentence in response.removesuffix(".").split(". "):
+        words = set(re.findall(r"\w+", sentence.lower()))
+        for rule, (_, _, thing, keeping, breaking) in RULES.items():
+            if thing.split()[-1] not in words:
+                continue
+            sides = [stance for stance, verbs in ((1, keeping), (-1, breaking)) if words & set(verbs.split())]
+            if sides:
+                assert len(sides) == 1 and rule not in found
+                found[rule] = sides[0]
+    return found
+
+
+def test_the_pool_is_one_that_people_could_write():
+    pool = demo_pool()
+    assert 24 <= len(pool) <= 32
+    assert RulePool.parse(pool.to_yaml(), "demo") == pool
+    for rule in pool:
+        assert rule.text.startswith("The response ") and rule.text.endswith(".") and rule.sign == 1
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", rule.id)
+    assert {rule.category for rule in pool} == {*PREFERENCE, "general"}
+    assert all(3 <= len(weights) <= 5 and weights.keys() <= RULES.keys() for weights in PREFERENCE.values())
+    assert PREFERENCE.keys() == PROMPTS.keys()
+
+
+def test_a_verb_belongs_to_one_side_of_one_rule():
+    owners = defaultdict(list)
+    for rule, (_, _, _, keeping, breaking) in RULES.items():
+        assert len(keeping.split()) == len(breaking.split()) >= 3
+        for verb in (keeping + " " + breaking).split():
+            owners[verb].append(rule)
+    assert all(len(rules) == 1 for rules in owners.values())
+
+
+def test_the_same_seed_gives_the_same_world(world):
+    again, other = make_pairs(COUNT, seed=3), make_pairs(COUNT, seed=4)
+    assert again.pairs == world.pairs and np.array_equal(again.truth, world.truth)
+    assert other.pairs != world.pairs
+    assert list(rule_labels(world, 50, 4, seed=1)) == list(rule_labels(again, 50, 4, seed=1))
+
+
+def test_ids_are_unique_and_categories_are_all_there(world):
+    assert [pair.id for pair in world.pairs] == [f"demo-{i:05d}" for i in range(COUNT)]
+    counts = [sum(pair.subset == category for pair in world.pairs) for category in PREFERENCE]
+    assert sum(counts) == COUNT and min(counts) > COUNT / len(PREFERENCE) / 2
+
+
+def test_the_planted_truth_is_what_the_texts_say(world):
+    assert world.truth.shape == (COUNT, 2, len(IDS)) and world.truth.dtype == np.int8
+    for pair, truth in zip(world.pairs, world.truth, strict=True):
+        for response, row in zip((pair.response_a, pair.response_b), truth, strict=True):
+            assert read(response) == {IDS[i]: int(row[i]) for i in np.flatnonzero(row)}
+
+
+def test_the_preference_is_the_weighted_sum_of_the_rules_that_matter(world):
+    for pair, truth in zip(world.pairs, world.truth.astype(int), strict=True):
+        margin = sum(w * (truth[0] - truth[1])[IDS.index(rule)] for rule, w in PREFERENCE[pair.subset].items())
+        assert margin != 0 and pair.preferred == ("a" if margin > 0 else "b")
+
+
+def test_rules_beside_the_point_apply_and_say_nothing_about_the_preference(world):
+    z = np.array([1 if pair.preferred == "a" else -1 for pair in world.pairs])
+    matters = np.array([[rule in PREFERENCE[pair.subset] for rule in IDS] for pair in world.pairs])
+    discrepancy = world.truth[:, 0].astype(int) - world.truth[:, 1]
+    aside, inside = (np.where(mask, discrepancy, 0).sum(axis=1) for mask in (~matters, matters))
+    assert (np.abs(world.truth).sum(axis=1) * ~matters).sum(axis=1).min() >= 2
+    assert abs(np.corrcoef(aside, z)[0, 1]) < 4 / COUNT**0.5
+    assert np.corrcoef(inside, z)[0, 1] > 0.7
+
+
+def test_helping_is_judged_only_where_the_request_is_safe(world):
+    helps = IDS.index("helps-safe-request")
+    for pair, truth in zip(world.pairs, world.truth, strict=True):
+        assert pair.subset == SAFE or not truth[:, helps].any()
+
+
+def test_neither_order_nor_length_gives_the_preference_away(world):
+    z = np.array([1 if pair.preferred == "a" else -1 for pair in world.pairs])
+    assert abs(z.mean()) < 4 / COUNT**0.5
+    longer = np.array([len(pair.response_a) - len(pair.response_b) for pair in world.pairs])
+    sentences = np.array([pair.response_a.count(".") - pair.response_b.count(".") for pair in world.pairs])
+    for nuisance in (longer, sentences):
+        assert abs(np.corrcoef(nuisance, z)[0, 1]) < 4 / COUNT**0.5
+
+
+def test_another_seed_brings_prompts_and_responses_never_seen(world):
+    def texts(of):
+        prompts = {pair.prompt[0]["content"] for pair in of.pairs}
+        return prompts, {response for pair in of.pairs for response in (pair.response_a, pair.response_b)}
+
+    prompts, responses = texts(world)
+    new_prompts, new_responses = texts(make_pairs(500, seed=4))
+    assert len(new_prompts - prompts) > len(new_prompts) / 3
+    assert len(new_responses - responses) > 0.95 * len(new_responses)
+
+
+def test_rule_labels_follow_the_truth_and_leave_most_absent_rules_out(world):
+    rows = list(rule_labels(world, 300, neither=4))
+    assert len({row["id"] for row in rows}) == 300
+    for row in rows:
+        number, side = int(row["id"][5:10]), "ab".index(row["id"][-1])
+        pair = world.pairs[number]
+        assert row["response"] == (pair.response_a, pair.response_b)[side] and row["prompt"] == list(pair.prompt)
+        truth = dict(zip(IDS, world.truth[number, side].tolist(), strict=True))
+        named = {None: 0, True: 1, False: -1}
+        assert all(truth[rule] == named[label] for rule, label in row["labels"].items())
+        assert sum(label is None for label in row["labels"].values()) == 4
+        assert {rule for rule, stance in truth.items() if stance} <= row["labels"].keys()
+
+
+def test_answers_are_single_tokens_and_the_prompt_is_few(chat, world):
+    prompt = JudgePrompt(chat, demo_pool())
+    assert not set(ANSWERS) & set(prompt.skipped)
+    pair = world.pairs[0]
+    tree = prompt.reply_tree(pair.prompt, pair.response_a, range(len(IDS)))
+    said = len(chat.encode(pair.prompt[0]["content"])) + len(chat.encode(pair.response_a))
+    assert tree.leaves[0] + 1 < said + 20
+    for rule in (0, 7, len(IDS) - 1):
+        whole = chat.encode(prompt.text(pair.prompt, pair.response_a, rule))
+        assert np.array_equal(tree.sequence(rule), whole)
+
+
+def test_responses_are_short(chat, world):
+    lengths = [len(chat.encode(pair.response_a)) for pair in world.pairs[:200]]
+    assert 30 <= np.mean(lengths) <= 60 and max(lengths) <= 90
+
+
+def test_the_pad_token_never_ends_a_sequence(chat, world):
+    name, number = choose_pad_token(chat)
+    assert name == PAD and number == chat.tokenizer.pad_token_id != chat.tokenizer.eos_token_id
+    for pair in world.pairs[:50]:
+        ids = chat.encode_chat(pair.conversation("a"))
+        assert number not in ids and ids[-1] == chat.tokenizer.eos_token_id
+
+
+def test_the_tokenizer_keeps_any_text_and_renders_as_transformers_does(chat, world):
+    odd = "Zażółć 🌱\n\n### Response\ntabs\t and <|end|>"
+    assert chat.tokenizer.decode(chat.encode(chat.plain(odd))) == odd
+    messages = world.pairs[0].conversation("b")
+    rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert chat.tokenizer(rendered, add_special_tokens=False)["input_ids"] == chat.encode_chat(messages).tolist()
+
+
+def test_the_same_texts_give_the_same_files(world, tmp_path):
+    texts = list(world.texts())[:600]
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        make_tokenizer(texts, folder)
+    for file in folders[0].iterdir():
+        assert file.read_bytes() == (folders[1] / file.name).read_bytes()
+    settings = (folders[0] / "tokenizer_config.json").read_text()
+    assert '"tokenizer_class": "PreTrainedTokenizerFast"' in settings
+    assert ChatTokenizer.from_folder(folders[0]).vocab_size < 2048
