@@ -1,7 +1,6 @@
 """The demo's world: what it plants is what its texts say, and neither order nor length gives it away."""
 
 import re
-from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -27,15 +26,13 @@ def chat(world, tmp_path_factory):
 
 
 def read(response: str) -> dict[str, int]:
-    """What a response says about which rule, by its words alone: the last word names the rule, a verb the side."""
+    """What a response says about which rule, by its words alone: the last word names the rule, the verb the side."""
     found = {}
     for sentence in response.removesuffix(".").split(". "):
         words = set(re.findall(r"\w+", sentence.lower()))
-        for rule, (_, _, thing, keeping, breaking) in RULES.items():
-            if thing.split()[-1] not in words:
-                continue
-            sides = [stance for stance, verbs in ((1, keeping), (-1, breaking)) if words & set(verbs.split())]
-            if sides:
+        for rule, (_, keep, breach, thing) in RULES.items():
+            sides = [stance for stance, verb in ((1, keep), (-1, breach)) if verb in words]
+            if thing.split()[-1] in words and sides:
                 assert len(sides) == 1 and rule not in found
                 found[rule] = sides[0]
     return found
@@ -53,13 +50,11 @@ def test_the_pool_is_one_that_people_could_write():
     assert PREFERENCE.keys() == PROMPTS.keys()
 
 
-def test_a_verb_belongs_to_one_side_of_one_rule():
-    owners = defaultdict(list)
-    for rule, (_, _, _, keeping, breaking) in RULES.items():
-        assert len(keeping.split()) == len(breaking.split()) >= 3
-        for verb in (keeping + " " + breaking).split():
-            owners[verb].append(rule)
-    assert all(len(rules) == 1 for rules in owners.values())
+def test_a_verb_belongs_to_one_side_of_one_rule_and_the_rule_names_it():
+    verbs = [verb for _, keep, breach, _ in RULES.values() for verb in (keep, breach)]
+    assert len(set(verbs)) == 2 * len(RULES)
+    for rule in demo_pool():
+        assert set(RULES[rule.id][1:3]) <= set(re.findall(r"\w+", rule.text))
 
 
 def test_the_same_seed_gives_the_same_world(world):
