@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import traceback
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -160,13 +161,9 @@ def export(
 ) -> None:
     """Write a run's latest checkpoint as a Hugging Face folder."""
     from adaptrm.export import export_run
-    from adaptrm.export import verify as read_back
 
-    folder = export_run(run, out)
-    result: dict[str, Any] = {"export": str(folder)}
-    if verify:
-        result["verified_by"] = read_back(folder)
-    show(result, as_json)
+    verified = export_run(run, out, verify)
+    show({"export": out} | ({"verified_by": verified} if verify else {}), as_json)
 
 
 def dotted(args: list[str]) -> dict[str, str]:
@@ -230,9 +227,21 @@ def main() -> None:
         app()
     except InputError as wrong:
         print(f"adaptrm: {' '.join(str(wrong).splitlines())}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as failed:
-        if type(failed).__name__ != "TrainingFailed":  # its module imports jax; its name does not
+        leave(2)
+    except Exception as failed:
+        if type(failed).__name__ == "TrainingFailed":  # its module imports jax; its name does not
+            print(f"adaptrm: {failed}", file=sys.stderr)
+            leave(1)
+        if not os.environ.get("JAX_NUM_PROCESSES"):
             raise
-        print(f"adaptrm: {failed}", file=sys.stderr)
-        sys.exit(1)
+        traceback.print_exc()
+        leave(1)
+
+
+def leave(code: int) -> None:
+    """End this process; as one of several at once, because jax's orderly end would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("JAX_NUM_PROCESSES"):
+        os._exit(code)
+    sys.exit(code)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from adaptrm import paths
@@ -23,13 +23,13 @@ class ScratchOptions:
     """A model that starts from random weights, and the folder of its tokenizer."""
 
     tokenizer: str
-    hidden_size: int = 128
-    intermediate_size: int = 352
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    max_position_embeddings: int = 2048
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 352
+    num_hidden_layers: PositiveInt = 2
+    num_attention_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt = 2
+    head_dim: PositiveInt = 32
+    max_position_embeddings: PositiveInt = 2048
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -61,14 +61,14 @@ class DataOptions:
 class OptimizerOptions:
     """AdamW, its schedule and clipping."""
 
-    learning_rate: float = 2e-5
+    learning_rate: FiniteFloat = 2e-5
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 1.0
+    warmup_steps: NonNegativeInt = 10
+    weight_decay: FiniteFloat = 0.0
+    b1: FiniteFloat = 0.9
+    b2: FiniteFloat = 0.999
+    eps: FiniteFloat = 1e-8
+    clip_norm: FiniteFloat = 1.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -97,7 +97,7 @@ class TrainOptions:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     log_every_steps: PositiveInt = 1
 
 
@@ -112,7 +112,7 @@ def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, A
         InputError: no such config, an unknown key (with the nearest known one), or a wrong type.
     """
     where, raw = _read(config)
-    if unknown := sorted(set(raw) - set(VERBS)):
+    if unknown := sorted(map(str, raw.keys() - set(VERBS))):
         raise InputError(f"{where}: unknown section {unknown[0]!r}; known: {', '.join(VERBS)}")
     if verb not in raw:
         raise InputError(f"{where}: has no section {verb!r}; it has {', '.join(raw) or 'none'}")

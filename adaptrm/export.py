@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import conversation_tree
-from adaptrm.errors import InputError
 from adaptrm.hf.load import load_weights, open_folder
 from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.heads import at_leaves, label_logits
-from adaptrm.parallel import local_mesh, make_mesh, read_leaves
+from adaptrm.parallel import make_mesh, read_leaves
 from adaptrm.train.run import open_run
 from adaptrm.train.save import save_model
 
@@ -33,57 +34,58 @@ PROBES = (
 TOLERANCE = 1e-4
 
 
-def export_run(run: str | os.PathLike, out: str | os.PathLike) -> Path:
-    """Write the latest checkpoint of a run as a Hugging Face folder.
-
-    Raises:
-        InputError: not a run, no checkpoint, or the folder holds another model.
-    """
-    start = open_run(run)
-    if Path(out).exists() and any(Path(out).iterdir()) and not (Path(out) / "config.json").is_file():
-        raise InputError(f"{out}: is not empty and not a model folder; give another one")
-    mesh = make_mesh()
-    _, params = start.checkpoint(Path(run), mesh)
-    save_model(out, params, start.raw, start.chat, start.pad, start.name)
-    return Path(out)
-
-
-def verify(out: str | os.PathLike) -> dict[str, float]:
-    """Read a model folder back and compare what it computes.
+def export_run(run: str | os.PathLike, out: str | os.PathLike, check: bool = False) -> dict[str, float]:
+    """Write the latest checkpoint of a run as a Hugging Face folder; with ``check`` read it back and compare.
 
     Returns:
-        Largest difference, by reader: ``adaptrm`` (prefix trees against separate sequences) always,
-        ``transformers`` where torch is installed. Rewards of a reward model, next-token log-probabilities of a judge.
+        Largest difference from what the checkpoint computes for some conversations (rewards of a reward model,
+        next-token log-probabilities of a judge), by reader: ``adaptrm``, and ``transformers`` where torch is installed.
 
     Raises:
+        InputError: not a run, no checkpoint, or the folder holds something else.
         RuntimeError: a difference is above the tolerance.
     """
+    start = open_run(run)
+    mesh = make_mesh()
+    definition, params = start.checkpoint(paths.local(run), mesh)
+    save_model(paths.local(out), params, start.raw, start.chat, start.pad, start.name)
+    if not check:
+        return {}
+    pad_id = start.pad[1] if start.kind == "reward" else None
+    return verify(out, probe(definition, params, start.chat, pad_id, mesh))
+
+
+def verify(out: str | os.PathLike, expected: np.ndarray) -> dict[str, float]:
+    """Read a model folder back and compare what it computes for the probes; see ``export_run``."""
     folder = open_folder(out)
-    chat = ChatTokenizer.from_folder(folder.path)
     model_type = SequenceClassifier if folder.is_classifier else CausalLM
-    mesh = local_mesh()
+    mesh = make_mesh()
     definition, params, _ = load_weights(folder, model_type, mesh, dtype="float32")
     pad_id = folder.raw.get("pad_token_id") if folder.is_classifier else None
-
-    @jax.jit
-    def program(tokens, positions, subtree_end, leaves):
-        model = nnx.merge(definition, params)
-        hidden = at_leaves(model.model(tokens, positions, subtree_end, jnp.float32), leaves)
-        if folder.is_classifier:
-            return label_logits(hidden, model.score.weight[...])
-        return jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", hidden, model.unembedding), axis=-1)
-
-    trees = [conversation_tree(chat, [probe], pad_id) for probe in PROBES]
-    packed = read_leaves(trees, mesh, program)
-    ours = np.concatenate([packed[i] for i in range(len(trees))])
-    alone = np.concatenate([read_leaves([tree], mesh, program)[0] for tree in trees])
-    found = {"adaptrm": _difference(ours, alone)}
+    chat = ChatTokenizer.from_folder(folder.path)
+    found = {"adaptrm": _difference(expected, probe(definition, params, chat, pad_id, mesh))}
     if importlib.util.find_spec("torch") is not None:
-        found["transformers"] = _difference(ours, _transformers(folder.path, folder.is_classifier))
+        found["transformers"] = _difference(expected, _transformers(folder.path, folder.is_classifier))
     for reader, difference in found.items():
         if not difference <= TOLERANCE:
             raise RuntimeError(f"{out}: read by {reader} it computes something else, by {difference:.2e}")
     return found
+
+
+def probe(definition, params, chat: ChatTokenizer, pad_id: int | None, mesh) -> np.ndarray:
+    """What a model computes for the probes: rewards, or next-token log-probabilities."""
+
+    @jax.jit
+    def program(params, tokens, positions, subtree_end, leaves):
+        model = nnx.merge(definition, params)
+        hidden = at_leaves(model.model(tokens, positions, subtree_end, jnp.float32), leaves)
+        if isinstance(model, SequenceClassifier):
+            return label_logits(hidden, model.score.weight[...])
+        return jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", hidden, model.unembedding), axis=-1)
+
+    trees = [conversation_tree(chat, [conversation], pad_id) for conversation in PROBES]
+    by_tree = read_leaves(trees, mesh, partial(program, params))
+    return np.concatenate([by_tree[i] for i in range(len(trees))])
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:

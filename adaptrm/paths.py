@@ -18,8 +18,22 @@ def is_local(path: str | os.PathLike) -> bool:
     return "://" not in str(path)
 
 
+def local(path: str | os.PathLike) -> Path:
+    """A path that has to be on this machine's disks.
+
+    Raises:
+        InputError: it is the address of an object store.
+    """
+    if not is_local(path):
+        raise InputError(f"{path}: must be a local folder for now; copy it from or to the object store")
+    return Path(path)
+
+
 def _split(path: str | os.PathLike):
-    return fsspec.core.url_to_fs(str(path))
+    try:
+        return fsspec.core.url_to_fs(str(path))
+    except (ImportError, ValueError) as wrong:  # no package for this kind of address, or no such kind
+        raise InputError(f"{path}: cannot be reached: {str(wrong).splitlines()[0]}") from None
 
 
 def join(folder: str | os.PathLike, *names: str) -> str:
@@ -51,11 +65,6 @@ def names(folder: str | os.PathLike) -> list[str]:
     if not fs.isdir(inner):
         return []
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=False))
-
-
-def remove(path: str | os.PathLike) -> None:
-    fs, inner = _split(path)
-    fs.rm(inner, recursive=True)
 
 
 @contextmanager
@@ -116,6 +125,8 @@ def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
                 fs.rm(partial)
             raise
     except OSError as wrong:
+        if wrong.filename not in (None, partial, inner):  # not of this file: what the block itself reads
+            raise
         raise InputError(f"{path}: cannot be written: {wrong.strerror or wrong}; free space or change --out") from None
 
 
@@ -135,10 +146,14 @@ def hold(folder: str | os.PathLike) -> Iterator[None]:
     if not is_local(folder):  # object stores have no locks
         yield
         return
+    lock = FileLock(Path(folder) / ".lock", blocking=False)
     try:
-        with FileLock(Path(folder) / ".lock", blocking=False):
-            yield
+        lock.acquire()
     except Timeout:
         raise InputError(f"{folder}: another run holds this folder; wait for it or give another --out") from None
     except OSError as wrong:
         raise InputError(f"{folder}: cannot be written: {wrong.strerror or wrong}; give another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from adaptrm.data.chat import ChatTokenizer
+from adaptrm import paths
+from adaptrm.data.chat import ChatTokenizer, pad_can_end
 from adaptrm.data.chat_trees import conversation_tree, pair_tree
 from adaptrm.data.preferences import Pair
 from adaptrm.errors import InputError
@@ -52,7 +52,7 @@ class RewardModel:
             InputError: the folder cannot be used.
         """
         mesh = mesh or local_mesh()
-        run = Path(model_dir)
+        run = paths.local(model_dir)
         if (run / "config.yaml").is_file() and not (run / "export" / "config.json").is_file():
             start = open_run(run)
             if start.kind != "reward":
@@ -67,8 +67,7 @@ class RewardModel:
         chat = ChatTokenizer.from_folder(folder.path)
         pad_id = folder.raw.get("pad_token_id")
         pad = (None if pad_id is None else chat.tokenizer.convert_ids_to_tokens(pad_id), pad_id)
-        ends = chat.encode_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
-        if pad_id == ends:
+        if pad_can_end(chat, pad_id):
             warnings.warn(
                 f"{model_dir}: pad token {pad[0]!r} also ends conversations; as in transformers, rewards are read "
                 "before it",

@@ -19,7 +19,13 @@ export JAX_NUM_CPU_DEVICES=$DEVICES_PER_PROCESS
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$PORT
 export JAX_NUM_PROCESSES=$PROCESSES
 
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+# jax catches TERM to save on preemption, and a process that waits for one that is gone does not get to it.
+stop() {
+  kill $(jobs -p) 2>/dev/null || return 0
+  sleep 2
+  kill -9 $(jobs -p) 2>/dev/null || true
+}
+trap stop EXIT
 for ((process = 0; process < PROCESSES; process++)); do
   # The first process talks to you; of the others only errors are shown.
   if ((process == 0)); then

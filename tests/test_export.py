@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from commands import adaptrm, pair_rows, write_rows
+from safetensors.numpy import load_file, save_file
 from tiny import tiny_causal_lm, tiny_pairs, tiny_tokenizer
 
 from adaptrm.config import parse_options
 from adaptrm.data.chat import DATE, ChatTokenizer, choose_pad_token
 from adaptrm.errors import InputError
-from adaptrm.export import export_run, verify
+from adaptrm.export import export_run, probe, verify
+from adaptrm.parallel import make_mesh
 from adaptrm.reward_model import RewardModel
-from adaptrm.train.run import train
+from adaptrm.train.run import open_run, train
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_a_pad_token_is_added_where_no_special_token_is_free(tmp_path):
     saved = ChatTokenizer.from_folder(tmp_path / "run" / "export")
     assert saved.tokenizer.pad_token == "<|pad|>"
     assert config["pad_token_id"] == saved.tokenizer.pad_token_id == config["vocab_size"] - 1
-    assert verify(tmp_path / "run" / "export")["adaptrm"] <= 1e-5
+    assert export_run(tmp_path / "run", tmp_path / "out", check=True)["adaptrm"] <= 1e-5
 
 
 def test_a_date_in_the_template_is_frozen(tmp_path):
@@ -164,3 +166,25 @@ def test_folders_that_are_no_reward_model_say_so(run, tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(InputError, match="is not empty and not a model folder"):
         export_run(run, tmp_path / "mine")
+    # A model of somebody else is not written over, and one of ours leaves nothing of the old one behind.
+    with pytest.raises(InputError, match="holds something that adaptrm did not write"):
+        export_run(run, tmp_path / "lm")
+    export_run(run, tmp_path / "ours")
+    (tmp_path / "ours" / "model-00001-of-00002.safetensors").write_bytes(b"")
+    (tmp_path / "ours" / "model.safetensors.index.json").write_text("{}")
+    export_run(run, tmp_path / "ours", check=True)
+    assert [p.name for p in (tmp_path / "ours").glob("model*")] == ["model.safetensors"]
+
+
+def test_verify_sees_weights_that_are_not_those_of_the_run(run, tmp_path):
+    out = tmp_path / "out"
+    export_run(run, out)
+    start = open_run(run)
+    definition, params = start.checkpoint(run, make_mesh())
+    expected = probe(definition, params, start.chat, start.pad[1], make_mesh())
+    assert verify(out, expected)["adaptrm"] <= 1e-5
+    tensors = load_file(out / "model.safetensors")
+    tensors["score.weight"] = -tensors["score.weight"]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="it computes something else"):
+        verify(out, expected)

@@ -76,14 +76,14 @@ def test_killed_and_started_again_it_writes_the_same_bytes(folder, scored, tmp_p
 
 @pytest.mark.parametrize(
     ("field", "change"),
-    [("pool_hash", "rules"), ("pairs", "pairs"), ("dtype", "dtype"), ("part_size", "part_size")],
+    [("pool_hash", "rules"), ("pairs_sha256", "pairs"), ("dtype", "dtype"), ("part_size", "part_size")],
 )
 def test_a_folder_takes_scores_of_one_kind_only(folder, scored, tmp_path, field, change):
     (tmp_path / "rules").write_text(tiny_pool(5).to_yaml())
-    write_rows(tmp_path / "pairs", pair_rows(tiny_pairs(PAIRS)))
+    write_rows(tmp_path / "pairs", pair_rows(tiny_pairs(PAIRS))[::-1])
     value = {"dtype": "bfloat16", "part_size": 8}.get(change, str(tmp_path / change))
     before = contents(folder / "scores")
-    with pytest.raises(InputError, match=r"another (pool|rules|count|parts|pairs|dtype|part_size)"):
+    with pytest.raises(InputError, match=r"another (pool|rules|count|parts|pairs_sha256|dtype|part_size)"):
         score(job(folder, folder / "scores", **{change: value}))
     assert contents(folder / "scores") == before
 

@@ -19,6 +19,7 @@ from adaptrm.errors import InputError
 from adaptrm.hf.load import load_weights, open_folder
 from adaptrm.models import SequenceClassifier
 from adaptrm.parallel import make_mesh
+from adaptrm.paths import hold
 from adaptrm.reward_model import RewardModel
 from adaptrm.train.examples import reward_examples
 from adaptrm.train.loop import TrainingFailed, device_batches
@@ -185,6 +186,25 @@ def test_a_folder_belongs_to_one_run(folder, whole_run):
         train("reward", options(folder, optimizer__learning_rate=1.0), whole_run)
     with pytest.raises(InputError, match="train reward"):
         train("judge", options(folder), whole_run)
+
+
+def test_a_run_does_not_go_on_with_other_data(folder, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_bytes((folder / "pairs.jsonl").read_bytes())
+    some = options(folder, data__pairs=str(pairs), max_steps=2, mesh={"fsdp": 4, "tensor": 2})
+    train("reward", some, tmp_path / "run")
+    pairs.write_text(pairs.read_text().replace("bake bread", "boil pasta"))
+    with pytest.raises(InputError, match="have changed since this run began"):
+        train("reward", some, tmp_path / "run")
+
+
+def test_a_process_that_fails_ends_the_others(folder, whole_run, tmp_path):
+    """Only the first process looks at the lock; the second would wait for it for ever."""
+    with hold(tmp_path / "held"):
+        command = ("train", "reward", folder / "config.yaml", "--out", tmp_path / "held")
+        refused = adaptrm(*command, prefix=("timeout", "120", "bash", str(LAUNCHER)), check=False)
+    assert refused.returncode == 2
+    assert "another run holds this folder" in refused.stderr
 
 
 def test_rows_too_short_for_a_pair_are_an_error_or_dropped(folder, tmp_path, capsys):

@@ -27,7 +27,6 @@ class ChatTokenizer:
 
     Attributes:
         tokenizer: the transformers tokenizer, as ``AutoTokenizer`` gives it.
-        neutralised: how many special-token strings were found in messages so far, and encoded as plain text.
     """
 
     def __init__(self, tokenizer, where: str = "tokenizer"):
@@ -40,7 +39,6 @@ class ChatTokenizer:
             raise InputError(f"{where}: has no chat template; add chat_template.jinja to the folder")
         self.tokenizer = tokenizer
         self.where = where
-        self.neutralised = 0
         nonce = secrets.token_hex(8)
         spec = json.loads(backend.to_str())
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -95,13 +93,11 @@ class ChatTokenizer:
             text = text.replace(mask, special)
         return text
 
-    def plain(self, text: str) -> str:
-        """Text to splice into something rendered: it cannot form a special token. Counts what it holds."""
-        self.neutralised += len(self._pattern.findall(text))
-        return text
+    def special_strings(self, text: str) -> int:
+        """How many strings of a text look like special tokens; spliced into something rendered they stay text."""
+        return len(self._pattern.findall(text))
 
     def _masked(self, text: str) -> str:
-        self.neutralised += len(self._pattern.findall(text))
         return self._pattern.sub(lambda found: self._masks[found.group()], text)
 
     def encode(self, rendered: str) -> Int32[np.ndarray, " tokens"]:
@@ -151,6 +147,11 @@ def _respell(spec: dict, surfaces: Mapping[str, str]) -> dict:
         model["merges"] = [pair for pair in pairs if not {"".join(pair), *pair} & surfaces.keys()]
     added = [token | {"content": surfaces[token["content"]]} for token in spec["added_tokens"]]
     return spec | {"model": model, "added_tokens": added, "post_processor": None}
+
+
+def pad_can_end(chat: ChatTokenizer, pad_id: int | None) -> bool:
+    """Whether a rendered conversation ends in the pad token: then a reward is read before its end."""
+    return chat.encode_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1] == pad_id
 
 
 def choose_pad_token(chat: ChatTokenizer) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from adaptrm import paths
-from adaptrm.data.preferences import Pair, check_messages, check_prompt, check_response, hash_id, read_rows
+from adaptrm.data.preferences import Pair, check_messages, check_prompt, check_reply, check_response, hash_id, read_rows
 from adaptrm.errors import InputError
 
 
@@ -84,11 +84,16 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
     Raises:
         InputError: a row is not a label; names the line.
     """
+    seen: set[int] = set()
     for where, row in read_rows(path):
         at = f"{path}: {where}"
         if row.get("id") is None or not {"prompt", "chosen", "rejected"} <= row.keys():
             raise InputError(f"{at}: needs id, prompt, chosen, rejected; make label files with adaptrm label")
         sides = [check_response(_last_text(row[side], side, at), side, at) for side in ("chosen", "rejected")]
+        key = hash_id(check_response(str(row["id"]), "id", at))
+        if key in seen:
+            raise InputError(f"{at}: the id {row['id']!r} is repeated; a pair has one label")
+        seen.add(key)
         probability = row.get("probability", 1.0)
         if not isinstance(probability, int | float) or not 0.5 <= probability <= 1:
             raise InputError(f"{at}: probability is {probability!r}; it must be .5 to 1")
@@ -101,11 +106,13 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
 
 def _last_text(value, name: str, where: str):
     """The response itself, out of TRL's message list."""
-    return check_messages(value, name, where)[-1]["content"] if isinstance(value, list) and value else value
+    if not isinstance(value, list) or not value:
+        return value
+    return check_reply(check_messages(value, name, where), name, where)
 
 
 class LabelIndex:
-    """Labels joined to pairs by id: 17 bytes a label in memory.
+    """Labels joined to pairs by id; once read, 17 bytes a label in memory.
 
     For each pair a sign, +1 where response A is chosen, -1 where B is, 0 where there is no label.
     """
@@ -119,8 +126,6 @@ class LabelIndex:
         order = np.argsort(np.asarray(keys, np.uint64), kind="stable")
         self._keys, self._chosen = np.asarray(keys, np.uint64)[order], np.asarray(texts, np.uint64)[order]
         self._used = np.zeros(len(keys), bool)
-        if len(np.unique(self._keys)) < len(keys):
-            raise InputError(f"{path}: an id is repeated; a pair has one label")
 
     def sign(self, pair: Pair) -> int:
         at = int(np.searchsorted(self._keys, np.uint64(hash_id(pair.id))))

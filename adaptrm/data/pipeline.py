@@ -1,5 +1,6 @@
 """Examples to device: trees kept on local disk, read in rows by the plan, prefetched by Grain."""
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,10 +13,11 @@ Row = Mapping[str, np.ndarray]
 
 
 class TreeStore:
-    """Trees with a target and a weight a leaf, in a temporary file; 16 bytes an example stay in memory."""
+    """Trees with a target and a weight a leaf, in a temporary file; once frozen, 16 bytes an example stay in memory."""
 
     def __init__(self):
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the store
+        self._digest = hashlib.sha256()
         self._offsets: list[int] = [0]
         self.lengths: list[int] = []
         self.leaves: list[int] = []
@@ -24,11 +26,17 @@ class TreeStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that was appended, in its order."""
+        return self._digest.hexdigest()
+
     def append(self, tree: PrefixTree, targets: Sequence[float], weights: Sequence[float]) -> None:
         parts = (tree.tokens, tree.positions, tree.subtree_end, tree.leaves)
         floats = [np.asarray(x, np.float32).view(np.int32) for x in (targets, weights)]
         record = np.concatenate([*parts, *floats])
         self._file.write(record.tobytes())
+        self._digest.update(record.tobytes())
         self._offsets.append(self._offsets[-1] + len(record))
         self.lengths.append(len(tree))
         self.leaves.append(len(tree.leaves))

@@ -49,7 +49,7 @@ def load_pairs(source: str | os.PathLike | Iterable[Mapping[str, Any]]) -> list[
 
 
 def read_pairs(source: str | os.PathLike | Iterable[Mapping[str, Any]]) -> Iterator[Pair]:
-    """Stream pairs; only a 64-bit hash of each id stays in memory."""
+    """Stream pairs; of each only a hash of its id stays in memory."""
     if isinstance(source, str | os.PathLike):
         rows, name = read_rows(source), str(source)
     else:
@@ -158,7 +158,9 @@ def _chosen_rejected(row, where: str):
             shared = len(given) if given == chosen[: len(given)] == rejected[: len(given)] else 0
         if len(chosen) != shared + 1 or len(rejected) != shared + 1:
             raise InputError(f"{where}: chosen and rejected must differ in their last message alone")
-        chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
+        chosen, rejected = (
+            check_reply(side[shared:], name, where) for side, name in ((chosen, "chosen"), (rejected, "rejected"))
+        )
     return (
         check_prompt(prompt, where),
         check_response(chosen, "chosen", where),
@@ -185,6 +187,13 @@ def check_messages(value, name: str, where: str) -> tuple[Mapping[str, str], ...
         if not good or message.get("role") not in ROLES:
             raise InputError(f"{where}: {name} must hold messages with a role ({', '.join(ROLES)}) and a content text")
     return tuple({"role": m["role"], "content": _whole(m["content"], name, where)} for m in value)
+
+
+def check_reply(messages, name: str, where: str) -> str:
+    """The text of a response given as one message of the assistant."""
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise InputError(f"{where}: {name} must be one message of the assistant")
+    return messages[0]["content"]
 
 
 def check_response(value, name: str, where: str) -> str:

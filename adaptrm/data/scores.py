@@ -50,11 +50,6 @@ class Scores:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @classmethod
-    def concatenate(cls, parts: list["Scores"]) -> "Scores":
-        arrays = {f: np.concatenate([getattr(part, f) for part in parts]) for f in COLUMNS.values()}
-        return cls([i for part in parts for i in part.ids], parts[0].rule_ids, **arrays)
-
 
 assert [f.name for f in fields(Scores)][2:] == list(COLUMNS.values())
 
@@ -72,7 +67,8 @@ def write_manifest(folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
     file = paths.join(folder, "manifest.json")
     if paths.exists(file):
         stored = read_manifest(folder)
-        for name in sorted(stored.keys() | manifest.keys()):
+        # Where pairs and model lay is for the reader; what they held is compared by its hash.
+        for name in sorted((stored.keys() | manifest.keys()) - {"pairs", "model"}):
             if stored.get(name) != manifest.get(name):
                 raise InputError(f"{folder}: holds scores with another {name}; give another --out or delete the folder")
         return
@@ -87,7 +83,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{folder}: no manifest.json; this is not a score folder, make one with adaptrm score")
     try:
         manifest = json.loads(paths.read_bytes(file))
-        list(manifest["rules"]), manifest["pairs"]
+        list(manifest["rules"]), int(manifest["parts"]), str(manifest["pairs"]), str(manifest["pairs_sha256"])
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file}: not a manifest; make the scores again with adaptrm score") from None
     return manifest

@@ -17,7 +17,7 @@ from adaptrm.data.scores import read_parts
 from adaptrm.demo.tokenizer import make_tokenizer
 from adaptrm.demo.world import World, demo_pool, make_pairs, rule_labels
 from adaptrm.evaluate import evaluate_pairs
-from adaptrm.export import export_run, verify
+from adaptrm.export import export_run
 from adaptrm.judge.score import ScoreJob, score
 from adaptrm.label import LabelJob, label
 from adaptrm.progress import say
@@ -79,8 +79,8 @@ def run_demo(out: str | os.PathLike) -> dict[str, Any]:
         figures["strategies"][strategy] |= {"accuracy": result["accuracy"], "ci95": result["ci95"]}
 
     say("7/7 Export the reward model of max-discrepancy and read it back.")
-    export_run(out / "reward-max-discrepancy", out / "export")
-    figures |= {"export": str(out / "export"), "verified_by": verify(out / "export")}
+    verified = export_run(out / "reward-max-discrepancy", out / "export", check=True)
+    figures |= {"export": str(out / "export"), "verified_by": verified}
     figures |= {"label_mass": scored["label_mass"], "seconds": round(time.perf_counter() - began, 1)}
     return figures | {"table": _table(figures)}
 

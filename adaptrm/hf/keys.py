@@ -6,7 +6,6 @@ row of the table is a name with ``{i}`` for the layer, the path of the parameter
 
 from dataclasses import dataclass
 
-import numpy as np
 from flax import nnx
 
 STACK = "model.layers."
@@ -47,7 +46,3 @@ def key_table(state: nnx.State) -> list[Key]:
         names = [dotted.replace(STACK, f"{STACK}{i}.", 1) for i in range(shape[0])] if stacked else [dotted]
         table.append(Key(tuple(path), shape, tuple(names), own))
     return table
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))

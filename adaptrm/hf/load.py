@@ -77,7 +77,7 @@ def open_folder(model: str | os.PathLike) -> Folder:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_bytes())["weight_map"]
-            shards = sorted(set(weight_map.values()))
+            shards = sorted({str(shard) for shard in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{index}: not a safetensors index; download the model again") from None
         for shard in shards:
@@ -145,7 +145,7 @@ def load_weights(
             noise = np.random.default_rng(new_head_seed).standard_normal(key.shape)
             value = (noise * config.hidden_size**-0.5).astype(dtype or "float32")
         else:
-            value = _read(folder, key, dtype)
+            value = _read(folder, key, dtype, more_rows=config.vocab_size - folder.config.vocab_size)
         flat[key.path] = place(value, sharding(mesh, key.shape, axes[key.path]))
     state = jax.tree.map(lambda leaf: leaf, abstract)
     for path, variable in nnx.to_flat_state(state):
@@ -172,21 +172,21 @@ def logical_axes(definition: nnx.GraphDef, abstract: nnx.State) -> dict[tuple, t
     return axes
 
 
-def _read(folder: Folder, key: Key, dtype: str | None) -> np.ndarray:
-    """One parameter, layer by layer into one array."""
+def _read(folder: Folder, key: Key, dtype: str | None, more_rows: int) -> np.ndarray:
+    """One parameter, layer by layer into one array; ``more_rows`` of the vocabulary are not stored."""
     out: np.ndarray | None = None
     for i, name in enumerate(key.names):
         with _open(folder.files[name]) as tensors:
             tensor = tensors.get_tensor(name)
         expected = key.tensor_shape
-        rows_short = name.endswith(("embed_tokens.weight", "lm_head.weight")) and tensor.shape[0] < expected[0]
-        if tensor.shape != expected and not (rows_short and tensor.shape[1:] == expected[1:]):
+        missing = more_rows if name.endswith(("embed_tokens.weight", "lm_head.weight")) else 0
+        if tensor.shape != (expected[0] - missing, *expected[1:]):
             raise InputError(f"{folder.files[name]}: {name} has shape {tensor.shape}, config.json says {expected}")
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise InputError(f"{folder.files[name]}: {name} is {tensor.dtype}; quantised weights are not supported")
-        if rows_short:
+        if missing:
             mean = tensor.astype(np.float32).mean(axis=0, keepdims=True).astype(tensor.dtype)
-            tensor = np.concatenate([tensor, np.repeat(mean, expected[0] - tensor.shape[0], axis=0)])
+            tensor = np.concatenate([tensor, np.repeat(mean, missing, axis=0)])
         if out is None:
             out = np.empty((len(key.names), *key.tensor_shape), dtype or tensor.dtype)
         elif dtype is None and tensor.dtype != out.dtype:

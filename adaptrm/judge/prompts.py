@@ -13,8 +13,10 @@ from adaptrm.rules import RulePool
 
 ANSWERS = ("Yes", "No", "Neither")
 # Where quoted text could pass for the transcript's own headings: at the start of a line, whatever ends lines.
-LINE_END, BLANK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", r"[\s\u200b-\u200f\u2060\ufeff]"
-FORGED = re.compile(rf"(^|{LINE_END})({BLANK}*)(#|User:|Assistant:|System:)", re.IGNORECASE)
+# (Blanks leave line ends out: each begins a match of its own, so that many of them cost no more than their number.)
+LINE_ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+BLANK = rf"(?:[^\S{LINE_ENDS}]|[\u200b-\u200f\u2060\ufeff])"
+FORGED = re.compile(rf"(^|[{LINE_ENDS}])({BLANK}*)(#|User:|Assistant:|System:)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class JudgePrompt:
         if len(around) != 2:
             raise InputError(f"{chat.where}: the chat template must write a user's message once, as it is")
         self._head, tail = around
-        self._branch_texts = [self.template.branch.format(rule=chat.plain(rule.text)) + tail for rule in pool]
+        self._branch_texts = [self.template.branch.format(rule=rule.text) + tail for rule in pool]
         # Tokenised after a stand-in for the conversation; every response checks its own boundary again. What all
         # questions begin with ("### Statement\nThe response") belongs to the run above them.
         stub = self._prefix_text(({"role": "user", "content": "Hello."},), "Hello.")
@@ -86,7 +88,7 @@ class JudgePrompt:
         return f"{self._head}{self.template.opening}{said}{self.template.response}{self._quote(response)}\n\n"
 
     def _quote(self, text: str) -> str:
-        return FORGED.sub(r"\1\2\\\3", self.chat.plain(text))
+        return FORGED.sub(r"\1\2\\\3", text)
 
     def text(self, prompt: Sequence[Mapping[str, str]], response: str, rule: int) -> str:
         """The whole rendered question about one rule, as ``ChatTokenizer.encode`` reads it."""

@@ -13,7 +13,7 @@ import numpy as np
 import adaptrm
 from adaptrm import paths
 from adaptrm.data.preferences import Pair, read_pairs
-from adaptrm.data.scores import part_name, read_part, write_manifest, write_part
+from adaptrm.data.scores import Scores, part_name, read_part, write_manifest, write_part
 from adaptrm.errors import InputError
 from adaptrm.hf.load import resolve_model
 from adaptrm.judge.language_model import Judge
@@ -62,7 +62,7 @@ def score(job: ScoreJob) -> dict[str, Any]:
         parts = -(-count // job.part_size)
         write_manifest(job.out, _manifest(job, judge, model, count, parts))
         done = set(paths.names(job.out))
-        masses, low = [], 0
+        masses, low, special = [], 0, 0
         with progress("score", "pairs", count) as shown:
             for number, pairs in enumerate(job.parts()):
                 if part_name(number) in done:
@@ -71,10 +71,13 @@ def score(job: ScoreJob) -> dict[str, Any]:
                         raise InputError(f"{job.out}: {part_name(number)} holds other pairs; delete it and go on")
                 else:
                     scores = judge.score(pairs)
+                    _check_finite(scores, job)
                     write_part(job.out, number, scores)
                 mass = np.stack([scores.label_mass_a, scores.label_mass_b])
                 masses.append((float(mass.mean()), len(pairs)))
                 low += int((mass < LOW_MASS).sum())
+                said = (m["content"] for pair in pairs for m in (*pair.conversation("a"), pair.conversation("b")[-1]))
+                special += sum(map(judge.prompt.chat.special_strings, said))
                 shown.advance(len(pairs))
     return {
         "scores": str(job.out),
@@ -83,8 +86,15 @@ def score(job: ScoreJob) -> dict[str, Any]:
         "parts": parts,
         "label_mass": sum(m * n for m, n in masses) / count,
         "low_mass_share": low / (2 * count * len(pool)),
-        "special_tokens_kept_as_text": judge.prompt.chat.neutralised,
+        "special_tokens_kept_as_text": special,
     }
+
+
+def _check_finite(scores: Scores, job: ScoreJob) -> None:
+    good = np.isfinite(scores.a) & np.isfinite(scores.b) & np.isfinite(scores.relevance)
+    if not good.all():
+        name = scores.ids[int(np.argmin(good.all(axis=1)))]
+        raise InputError(f"{job.model}: the scores of pair {name!r} are not finite in {job.dtype}; check its weights")
 
 
 def dry_run(job: ScoreJob) -> dict[str, Any]:

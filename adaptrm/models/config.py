@@ -17,6 +17,13 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    @classmethod
+    def from_hf(cls, rope: Mapping[str, Any]) -> "RopeScaling":
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        if not high > low:
+            raise ValueError(f"high_freq_factor {high} must be above low_freq_factor {low}")
+        return cls(float(rope["factor"]), low, high, int(rope["original_max_position_embeddings"]))
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -48,40 +55,43 @@ class ModelConfig:
         for name, accepted in IN_FORCE.items():
             if name in raw and raw[name] not in accepted:
                 raise InputError(f"{where}: {name} = {raw[name]!r} is in force and not implemented; it must be absent")
-        rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-        kind = rope.pop("rope_type", rope.pop("type", "default"))
-        theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-        if kind not in ("default", "llama3"):
-            raise InputError(f"{where}: rope_type {kind!r} is in force and not implemented; use default or llama3")
-        if (partial := rope.get("partial_rotary_factor")) not in IN_FORCE["partial_rotary_factor"]:
-            raise InputError(f"{where}: partial_rotary_factor = {partial!r} is in force and not implemented")
         try:
-            heads = int(raw["num_attention_heads"])
+            rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+            kind = rope.pop("rope_type", rope.pop("type", "default"))
+            theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+            if kind not in ("default", "llama3"):
+                raise InputError(f"{where}: rope_type {kind!r} is in force and not implemented; use default or llama3")
+            if (partial := rope.get("partial_rotary_factor")) not in IN_FORCE["partial_rotary_factor"]:
+                raise InputError(f"{where}: partial_rotary_factor = {partial!r} is in force and not implemented")
+            heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
             config = cls(
                 vocab_size=int(raw["vocab_size"]),
-                hidden_size=int(raw["hidden_size"]),
+                hidden_size=hidden,
                 intermediate_size=int(raw["intermediate_size"]),
                 num_hidden_layers=int(raw["num_hidden_layers"]),
                 num_attention_heads=heads,
                 num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-                head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+                head_dim=int(raw.get("head_dim") or hidden // heads),
                 rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 rope_theta=float(theta),
-                rope_scaling=RopeScaling(**{f: rope[f] for f in RopeScaling.__annotations__})
-                if kind == "llama3"
-                else None,
+                rope_scaling=RopeScaling.from_hf(rope) if kind == "llama3" else None,
                 tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
                 max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
             )
         except KeyError as missing:
             raise InputError(f"{where}: field {missing} is missing") from None
-        except (TypeError, ValueError) as wrong:
-            raise InputError(f"{where}: a field has the wrong type: {wrong}") from None
+        except InputError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as wrong:
+            raise InputError(f"{where}: a field has a value that cannot be: {wrong}") from None
         config.check(where)
         return config
 
     def check(self, where: str) -> None:
         """Raise ``InputError`` where sizes do not fit together."""
+        sizes = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        if bad := [name for name, value in sizes.items() if not isinstance(value, bool) and not 0 < value < 2**31]:
+            raise InputError(f"{where}: {bad[0]} is {sizes[bad[0]]}; it must be a positive number of usual size")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"{where}: num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -89,8 +99,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"{where}: head_dim {self.head_dim} is odd, rotary embeddings need an even one")
-        if min(self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers) < 1:
-            raise InputError(f"{where}: sizes must be positive")
 
     def to_hf(self) -> dict[str, Any]:
         """The fields as a ``config.json`` that transformers 4 and 5 both read."""

@@ -23,4 +23,6 @@ def start_processes() -> None:
     if missing := [name for name, value in given.items() if not value]:
         raise InputError(f"{missing[0]} is not set, other settings of a multi-process run are; set all three")
     address, count, number = given.values()
+    if not count.isdecimal() or not number.isdecimal():
+        raise InputError(f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={number} must be numbers")
     jax.distributed.initialize(address, int(count), int(number))

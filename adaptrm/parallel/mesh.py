@@ -15,6 +15,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list | No
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
+    if any(size < 1 and size != -1 for size in shape):
+        raise ValueError(f"mesh {dict(zip(AXES, shape, strict=True))}: a size must be at least 1, or -1 for the rest")
     if shape.count(-1) > 1:
         raise ValueError(f"mesh {dict(zip(AXES, shape, strict=True))}: at most one axis may be -1")
     if -1 in shape:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from adaptrm.config import TrainOptions
 from adaptrm.data.pipeline import RowSource, TreeStore, batches
 from adaptrm.data.plan import Plan
+from adaptrm.errors import InputError
 from adaptrm.parallel import sharding
 from adaptrm.progress import progress
 from adaptrm.train.checkpoint import Checkpoints
@@ -59,6 +61,7 @@ def run_steps(
         TrainingFailed: a loss or gradient is not finite.
     """
     with Checkpoints(out / "checkpoints", options.checkpoint.keep) as checkpoints:
+        _check_shared(out, checkpoints.latest_step)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
         start = int(state.step)
@@ -82,6 +85,15 @@ def run_steps(
     return state
 
 
+def _check_shared(out: Path, latest: int | None) -> None:
+    """Raise where processes see other checkpoints: they would wait for each other for ever."""
+    if jax.process_count() > 1:
+        try:
+            multihost_utils.assert_equal(np.int32(-1 if latest is None else latest))
+        except AssertionError:
+            raise InputError(f"{out}: processes see other checkpoints here; the run folder must be shared") from None
+
+
 def _report(number, metrics, plan: Plan, options: TrainOptions, log, shown, clock: float, unit: str) -> float:
     """Read a step's metrics (waits for it), write and show them; stop where they are not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -89,7 +101,7 @@ def _report(number, metrics, plan: Plan, options: TrainOptions, log, shown, cloc
     if not values.pop("finite"):
         raise TrainingFailed(
             f"step {number}: the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
-            f"{values['grad_norm']}); the last checkpoint is kept, lower optimizer.learning_rate and start again"
+            f"{values['grad_norm']}); the last checkpoint is kept; lower optimizer.learning_rate, give another --out"
         )
     tokens, examples = plan.step_size(number - 1)
     line = {"step": number, "epoch": (number - 1) // plan.steps_per_epoch, **values, unit: examples}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from adaptrm import paths
 from adaptrm.config import TrainOptions, parse_options, to_yaml
-from adaptrm.data.chat import ChatTokenizer, choose_pad_token
+from adaptrm.data.chat import ChatTokenizer, choose_pad_token, pad_can_end
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
 from adaptrm.hf.load import Folder, abstract_model, load_weights, open_folder
@@ -31,6 +31,7 @@ from adaptrm.train.state import init_params, init_state, param_shardings
 from adaptrm.train.step import Kind, make_step
 
 MODEL_TYPES = {"judge": CausalLM, "reward": SequenceClassifier}
+EXAMPLES = "examples.sha256"
 UNITS = {"judge": "replies", "reward": "pairs"}
 # Options that a run may change when it goes on: they do not touch what is computed.
 FREE = ("mesh", "checkpoint", "log_every_steps")
@@ -52,7 +53,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         TrainingFailed: a loss or gradient is not finite.
     """
     first = jax.process_index() == 0
-    out = Path(out)
+    out = paths.local(out)
     with paths.hold(out) if first else nullcontext():
         if first:
             _check_claim(out, kind, options)
@@ -75,11 +76,18 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         state = init_state(params, make_optimizer(options.optimizer, steps), mesh)
         if first:  # only now: options that led to an error above hold no folder
             say(f"{len(store)} {UNITS[kind]}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
-            paths.write_bytes(out / "config.yaml", to_yaml(kind, options).encode())
+            _check_examples(out, store.digest)
+            _claim(out, kind, options, store.digest)
         state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, UNITS[kind])
         save_model(out / "export", state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {"run": str(out), "steps": steps, UNITS[kind]: len(store), "parameters": count, "padding": plan.padding}
+
+
+def _claim(out: Path, kind: Kind, options: TrainOptions, examples: str) -> None:
+    """Write down what this run is: its options and the hash of its examples."""
+    for name, content in (("config.yaml", to_yaml(kind, options)), (EXAMPLES, examples + "\n")):
+        paths.write_bytes(out / name, content.encode())
 
 
 def _check_claim(out: Path, kind: Kind, options: TrainOptions) -> None:
@@ -87,13 +95,34 @@ def _check_claim(out: Path, kind: Kind, options: TrainOptions) -> None:
     file = out / "config.yaml"
     if not file.exists():
         return
-    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    mine = yaml.safe_load(to_yaml(kind, options))
-    if list(stored) != [kind]:
-        raise InputError(f"{out}: holds a run of train {', '.join(stored)}; give another --out")
-    for key, value in mine[kind].items():
-        if key not in FREE and stored[kind].get(key) != value:
+    stored_kind, stored = _read_run(file)
+    mine = yaml.safe_load(to_yaml(kind, options))[kind]
+    if stored_kind != kind:
+        raise InputError(f"{out}: holds a run of train {stored_kind}; give another --out")
+    for key, value in mine.items():
+        if key not in FREE and stored.get(key) != value:
             raise InputError(f"{out}: holds a run with another {key}; give another --out, or delete the folder")
+
+
+def _check_examples(out: Path, examples: str) -> None:
+    """Raise where a run would go on with other data than it began with."""
+    file = out / EXAMPLES
+    if file.exists() and file.read_text().strip() != examples:
+        raise InputError(
+            f"{out}: pairs, labels, rules or tokenizer have changed since this run began; give another --out"
+        )
+
+
+def _read_run(file: Path) -> tuple[Kind, dict[str, Any]]:
+    """Kind and section of a run's config.yaml."""
+    try:
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        ((kind, section),) = stored.items()
+        if kind not in MODEL_TYPES or not isinstance(section, dict):
+            raise ValueError(kind)
+    except (yaml.YAMLError, AttributeError, ValueError, OSError):
+        raise InputError(f"{file}: not the config of a run; delete the folder, or give another one") from None
+    return kind, section
 
 
 def _mesh(options: TrainOptions) -> Mesh:
@@ -162,12 +191,11 @@ def open_run(run: str | os.PathLike) -> Start:
     Raises:
         InputError: this is not a run folder.
     """
-    file = Path(run) / "config.yaml"
+    file = paths.local(run) / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run}: no config.yaml; this is not a run folder of adaptrm train")
-    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    kind = next(iter(stored))
-    return start_of(kind, parse_options(stored[kind], f"{file}: {kind}"))
+    kind, section = _read_run(file)
+    return start_of(kind, parse_options(section, f"{file}: {kind}"))
 
 
 def start_of(kind: Kind, options: TrainOptions) -> Start:
@@ -195,4 +223,6 @@ def _pad(kind: Kind, chat: ChatTokenizer, stored: int | None) -> tuple[str | Non
         return chat.tokenizer.pad_token, chat.tokenizer.pad_token_id
     if stored is None:
         return choose_pad_token(chat)
+    if pad_can_end(chat, stored):
+        say(f"warning: pad token {stored} also ends conversations; as in transformers, rewards are read before it")
     return chat.tokenizer.convert_ids_to_tokens(stored), stored

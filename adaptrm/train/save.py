@@ -9,8 +9,10 @@ from flax import nnx
 
 from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
+from adaptrm.errors import InputError
 from adaptrm.hf.export import model_config, save_weights, write_json
 
+MARK = "tags: [adaptrm,"  # in the card of every folder that is written here
 CARD = """---
 library_name: transformers
 pipeline_tag: {task}
@@ -47,6 +49,8 @@ def save_model(
     """
     flat = dict(nnx.to_flat_state(params))
     embedding, head = flat[("model", "embed_tokens", "weight")], flat.get(("score", "weight"))
+    if jax.process_index() == 0:
+        _clear(Path(out))
     save_weights(params, out)
     if jax.process_index() > 0:
         return
@@ -58,6 +62,29 @@ def save_model(
     paths.write_bytes(paths.join(out, "README.md"), _card(head is not None, base_model, dtype, pad).encode())
     # Last: a folder with a config.json is a whole one.
     write_json(Path(out) / "config.json", model_config(raw, None if head is None else head.shape[0], **fields))
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier model of ours, its config first: without one a folder does not pass for whole.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    card, whole = out / "README.md", (out / "config.json").exists()
+    by_us = card.is_file() and MARK in card.read_text("utf-8") if whole else out.is_dir()
+    if not by_us:
+        raise InputError(f"{out}: holds something that adaptrm did not write; give another folder")
+    if not whole and not all(_ours(file.name) for file in out.iterdir()):
+        raise InputError(f"{out}: is not empty and not a model folder; give another one")
+    for file in (out / "config.json", out / "model.safetensors.index.json", *out.glob("model*.safetensors*")):
+        file.unlink(missing_ok=True)
+
+
+def _ours(name: str) -> bool:
+    """Whether a file may be left by an export that was interrupted."""
+    return name.startswith(("model", "tokenizer", "special_tokens", "chat_template", "README.md"))
 
 
 def _card(is_reward: bool, base_model: str | None, dtype: str, pad: tuple[str | None, int | None]) -> str:
@@ -75,5 +102,7 @@ def _card(is_reward: bool, base_model: str | None, dtype: str, pad: tuple[str | 
         what=what,
         start="random weights" if base_model is None else base_model if named else Path(base_model).name,
         dtype=dtype,
-        pad="" if pad[0] is None else f"- Pad token: `{pad[0]}` (id {pad[1]}); it never ends a conversation.\n",
+        pad=""
+        if pad[0] is None or not is_reward
+        else f"- Pad token: `{pad[0]}` (id {pad[1]}); the reward is read at the last token that is not pad.\n",
     )
