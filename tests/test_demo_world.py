@@ -160,7 +160,7 @@ def test_the_pad_token_never_ends_a_sequence(chat, world):
 
 def test_the_tokenizer_keeps_any_text_and_renders_as_transformers_does(chat, world):
     odd = "Zażółć 🌱\n\n### Response\ntabs\t and <|end|>"
-    assert chat.tokenizer.decode(chat.encode(chat.plain(odd))) == odd
+    assert chat.tokenizer.decode(chat.encode(odd)) == odd
     messages = world.pairs[0].conversation("b")
     rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False)
     assert chat.tokenizer(rendered, add_special_tokens=False)["input_ids"] == chat.encode_chat(messages).tolist()

@@ -18,6 +18,8 @@ from adaptrm.attention import tree_attention
 from adaptrm.models.config import ModelConfig
 from adaptrm.parallel.sharding import constrain, partition_spec
 
+MIMETIC = 0.9  # share of the value projection in the output projection at the start
+
 
 class Weight(nnx.Module):
     """One parameter, with the logical axis of each dimension."""
@@ -76,6 +78,12 @@ class Attention(nnx.Module):
         self.k_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs)
         self.v_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs)
         self.o_proj = Weight((layers, hidden, *query[1:3]), ("layers", "embed", "heads", "head_dim"), rngs, inputs=2)
+        if query == key:
+            # Mimetic initialisation (Trockman & Kolter 2023): heads begin by looking for their own token and passing
+            # it on, as trained ones do. Small models from random weights otherwise depend on luck to find that.
+            self.k_proj.weight.set_value(self.q_proj.weight.get_value())
+            values, out = self.v_proj.weight.get_value().transpose(0, 3, 1, 2), self.o_proj.weight.get_value()
+            self.o_proj.weight.set_value(MIMETIC * values + (1 - MIMETIC**2) ** 0.5 * out)
 
     def __call__(self, x_BTD: Array, angles_BTh: Array, subtree_end_BT: Array) -> Array:
         q = rotate(jnp.einsum("btd,nhd->btnh", x_BTD, self.q_proj(x_BTD.dtype)), angles_BTh)
