@@ -176,6 +176,16 @@ def test_folders_that_are_no_reward_model_say_so(run, tmp_path):
     assert [p.name for p in (tmp_path / "ours").glob("model*")] == ["model.safetensors"]
 
 
+def test_an_export_that_was_killed_is_made_again(run, tmp_path):
+    out = tmp_path / "out"
+    export_run(run, out)
+    whole = (out / "model.safetensors").read_bytes()
+    (out / "config.json").rename(out / "config.json.partial")  # as a kill before the last step leaves it
+    (out / "model.safetensors").rename(out / "model.safetensors.partial")
+    export_run(run, out, check=True)
+    assert (out / "model.safetensors").read_bytes() == whole
+
+
 def test_verify_sees_weights_that_are_not_those_of_the_run(run, tmp_path):
     out = tmp_path / "out"
     export_run(run, out)

@@ -93,6 +93,7 @@ def test_answers_equal_transformers_on_real_conversations(smollm2, data, one_dev
     print(f"\nlargest difference {np.abs(got - expected).max():.2e} over {got[..., 0].size} questions")
 
 
+@pytest.mark.slow
 def test_rewards_of_a_fine_tuned_export_equal_those_of_transformers(smollm2, data, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -84,7 +84,8 @@ def _clear(out: Path) -> None:
 
 def _ours(name: str) -> bool:
     """Whether a file may be left by an export that was interrupted."""
-    return name.startswith(("model", "tokenizer", "special_tokens", "chat_template", "README.md"))
+    tokenizer = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges")
+    return name.startswith(("model", "config.json", "README.md", *tokenizer))
 
 
 def _card(is_reward: bool, base_model: str | None, dtype: str, pad: tuple[str | None, int | None]) -> str:
