@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ class RewardModel:
         return np.stack([np.zeros(2, np.float32), *self._read(trees)])[1:]
 
     def _read(self, trees: Iterator[PrefixTree]) -> Iterator[np.ndarray]:
-        while some := [tree for tree, _ in zip(trees, range(TREES_AT_ONCE), strict=False)]:
+        while some := list(islice(trees, TREES_AT_ONCE)):
             by_tree = read_leaves(some, self.mesh, self._program)
             yield from (by_tree[i] for i in range(len(some)))
 

@@ -91,10 +91,14 @@ def test_saving_what_was_loaded_gives_the_same_weights(run, tmp_path):
     )
 
 
-def test_pairs_and_conversations_give_the_same_rewards(run):
+def test_pairs_and_conversations_give_the_same_rewards(run, monkeypatch):
     model = RewardModel.from_pretrained(run)
     np.testing.assert_allclose(model.score_pairs(tiny_pairs(4)).reshape(-1), model.score(conversations()), atol=1e-5)
     assert model.score([]).shape == (0,)
+    # However many are packed together, none is lost between one lot and the next.
+    together = model.score(conversations())
+    monkeypatch.setattr("adaptrm.reward_model.TREES_AT_ONCE", 3)
+    np.testing.assert_allclose(model.score(conversations()), together, atol=1e-5)
 
 
 def test_a_pad_token_that_ends_conversations_is_told_and_read_as_transformers_does(run, tmp_path):
