@@ -33,6 +33,7 @@ class Suite(StrEnum):
 
 class Template(StrEnum):
     conversation_first = "conversation-first"
+    rule_first = "rule-first"
 
 
 class Strategy(StrEnum):

@@ -137,7 +137,8 @@ def test_answers_are_single_tokens_and_the_prompt_is_few(chat, world):
     prompt = JudgePrompt(chat, demo_pool())
     assert not set(ANSWERS) & set(prompt.skipped)
     pair = world.pairs[0]
-    tree = prompt.reply_tree(pair.prompt, pair.response_a, range(len(IDS)))
+    (questions,) = prompt.reply_trees(pair.prompt, pair.response_a, range(len(IDS)))
+    tree = questions.tree
     said = len(chat.encode(pair.prompt[0]["content"])) + len(chat.encode(pair.response_a))
     assert tree.leaves[0] + 1 < said + 20
     for rule in (0, 7, len(IDS) - 1):

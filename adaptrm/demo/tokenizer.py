@@ -16,6 +16,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+TEMPLATE = TEMPLATES["conversation-first"]
 # GPT-2's split into words.
 WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 
@@ -62,8 +63,7 @@ def _pieces() -> str:
 
     They are most of a short prompt, and a judge this small has nothing to learn from them.
     """
-    fields = (text for template in TEMPLATES.values() for text in vars(template).values())
-    fixed = [part for text in fields for part in re.split(r"\{\w+\}", text) if part.strip()]
+    fixed = [part for text in vars(TEMPLATE).values() for part in re.split(r"\{\w+\}", text) if part.strip()]
     return "|".join([*(rf"\n*{re.escape(part.lstrip())}" for part in fixed), WORDS])
 
 
@@ -71,7 +71,6 @@ def _with_judge_words(texts: Iterable[str]) -> Iterable[str]:
     """The texts, each followed by the judge's prompt about it, so that its words become tokens too."""
     for text in texts:
         yield text
-        for template in TEMPLATES.values():
-            quoted = f"{template.opening}User: {text}\n\n{template.response}{text}\n\n"
-            yield quoted + template.branch.format(rule=text)
+        quoted = f"{TEMPLATE.opening}User: {text}\n\n{TEMPLATE.response}{text}\n\n"
+        yield quoted + TEMPLATE.question.replace("{rule}", text)
         yield from ANSWERS

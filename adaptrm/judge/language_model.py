@@ -15,7 +15,7 @@ from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import Pair
 from adaptrm.data.scores import Scores
 from adaptrm.hf.load import load_weights, open_folder
-from adaptrm.judge.prompts import JudgePrompt
+from adaptrm.judge.prompts import JudgePrompt, Questions
 from adaptrm.models.decoder import CausalLM
 from adaptrm.models.heads import answer_log_probabilities, at_leaves
 from adaptrm.parallel import local_mesh, read_leaves
@@ -66,19 +66,23 @@ class Judge:
 
     def log_probabilities(self, pairs: Sequence[Pair]) -> Float32[np.ndarray, "pairs 2 rules 3"]:
         """Log-probability of Yes, No and Neither, for responses A and B of each pair and each rule."""
-        rules = len(self.rules)
-        trees, swapped = self.trees(pairs)
-        out = np.empty((len(pairs), 2, rules, 3), np.float32)
-        for index, leaves in self.read_leaves(trees).items():
-            both = leaves.reshape(-1, rules, 3)  # one where the responses are the same: it stands for both
-            out[index] = both[::-1] if swapped[index] else both
+        asked = self.questions(pairs)
+        out = np.empty((len(pairs), 2, len(self.rules), 3), np.float32)
+        for index, leaves in self.read_leaves([questions.tree for _, questions in asked]).items():
+            row, questions = asked[index]
+            for sides, answers in zip(questions.sides, leaves.reshape(-1, len(questions.rules), 3), strict=True):
+                for side in sides:
+                    out[row, side, list(questions.rules)] = answers
         return out
 
-    def trees(self, pairs: Sequence[Pair]) -> tuple[list[PrefixTree], list[bool]]:
-        """The tree of each pair, and whether its responses lie in the order B, A."""
+    def questions(self, pairs: Sequence[Pair]) -> list[tuple[int, Questions]]:
+        """All questions about some pairs, each tree of them with the position of its pair."""
         every = range(len(self.rules))
-        built = [self.prompt.pair_tree(p.prompt, p.response_a, p.response_b, every) for p in pairs]
-        return [tree for tree, _ in built], [b_first for _, b_first in built]
+        return [
+            (row, questions)
+            for row, pair in enumerate(pairs)
+            for questions in self.prompt.pair_trees(pair.prompt, pair.response_a, pair.response_b, every)
+        ]
 
     def read_leaves(self, trees: Sequence[PrefixTree]) -> dict[int, Float32[np.ndarray, "leaves 3"]]:
         """Answer log-probabilities at the leaves of each tree."""

@@ -1,7 +1,7 @@
 """What the judge reads: a conversation quoted as text, a response, and one statement a rule, as a prefix tree."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,20 +12,32 @@ from adaptrm.prefix_tree import Node, PrefixTree, common_prefix
 from adaptrm.rules import RulePool
 
 ANSWERS = ("Yes", "No", "Neither")
-# Where quoted text could pass for the transcript's own headings: at the start of a line, whatever ends lines.
-# (Blanks leave line ends out: each begins a match of its own, so that many of them cost no more than their number.)
+# Where quoted text could pass for the transcript's own headings: at the start of a line, whatever ends lines, behind
+# whatever shows as nothing. (Blanks leave line ends out: each begins a match of its own, so that many of them cost no
+# more than their number.)
 LINE_ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
-BLANK = rf"(?:[^\S{LINE_ENDS}]|[\u200b-\u200f\u2060\ufeff])"
-FORGED = re.compile(rf"(^|[{LINE_ENDS}])({BLANK}*)(#|User:|Assistant:|System:)", re.IGNORECASE)
+INVISIBLE = (
+    r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff"
+)
+BLANK = rf"(?:[^\S{LINE_ENDS}]|[{INVISIBLE}])"
+FORGED = re.compile(
+    rf"(^|[{LINE_ENDS}])({BLANK}*)(?=[#\uff03\ufe5f]|(?:User|Assistant|System){BLANK}*[:\uff1a\ufe55])", re.IGNORECASE
+)
+
+
+def quote(text: str) -> str:
+    """A text for the transcript, a backslash before every line that could pass for one of its headings."""
+    return FORGED.sub(r"\1\2\\", text)
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a judge prompt is laid out; ``{rule}`` stands in the branch."""
+    """The texts around the conversation; ``{rule}`` stands in the opening (rule first) or in the question."""
 
     opening: str
     response: str
-    branch: str
+    question: str
 
 
 TEMPLATES = {
@@ -36,9 +48,33 @@ TEMPLATES = {
             "### Conversation\n"
         ),
         response="### Response\n",
-        branch="### Statement\n{rule}\n\n### Yes, No or Neither?",
-    )
+        question="### Statement\n{rule}\n\n### Yes, No or Neither?",
+    ),
+    # The published order. Nothing but the instructions is shared between rules, so each is a tree of its own.
+    "rule-first": Template(
+        opening=(
+            "Read the statement, then the conversation and the response of the assistant, and say whether the "
+            "statement about the response is true. Answer Yes if it is true, No if it is not, Neither if it does not "
+            "apply.\n\n### Statement\n{rule}\n\n### Conversation\n"
+        ),
+        response="### Response\n",
+        question="### Yes, No or Neither?",
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A tree whose leaves are questions about one pair.
+
+    Attributes:
+        sides: the responses that each run of leaves is about: 0 for A, 1 for B, both where they are the same.
+        rules: positions in the pool; every run of leaves asks them in this order.
+    """
+
+    tree: PrefixTree
+    sides: tuple[tuple[int, ...], ...]
+    rules: tuple[int, ...]
 
 
 class JudgePrompt:
@@ -58,14 +94,15 @@ class JudgePrompt:
         if len(around) != 2:
             raise InputError(f"{chat.where}: the chat template must write a user's message once, as it is")
         self._head, tail = around
-        self._branch_texts = [self.template.branch.format(rule=rule.text) + tail for rule in pool]
+        self._question = self.template.question + tail
+        self._rule_first = "{rule}" in self.template.opening
         # Tokenised after a stand-in for the conversation; every response checks its own boundary again. What all
         # questions begin with ("### Statement\nThe response") belongs to the run above them.
-        stub = self._prefix_text(({"role": "user", "content": "Hello."},), "Hello.")
-        full = chat.encode_many(stub + text for text in self._branch_texts)
+        stub = [self.text(({"role": "user", "content": "Hello."},), "Hello.", rule) for rule in range(len(pool))]
+        full = chat.encode_many(stub)
         shared = common_prefix(full)
         self._branches = [ids[shared:] for ids in full]
-        self.answers, self.skipped = self._answer_ids(stub + self._branch_texts[0], full[0])
+        self.answers, self.skipped = self._answer_ids(stub[0], full[0])
 
     def _answer_ids(self, context: str, context_ids: np.ndarray) -> tuple[tuple[tuple[int, ...], ...], list[str]]:
         skipped: list[str] = []
@@ -83,49 +120,64 @@ class JudgePrompt:
             raise InputError(f"{self.chat.where}: no spelling of {missing[0]!r} is one token; take another tokenizer")
         return ids, skipped
 
-    def _prefix_text(self, prompt: Sequence[Mapping[str, str]], response: str) -> str:
+    def _before(self, prompt: Sequence[Mapping[str, str]], response: str, rule: int) -> str:
+        """The question up to the end of the response."""
+        opening = self.template.opening.replace("{rule}", self.pool[rule].text)
         said = "".join(f"{m['role'].capitalize()}: {self._quote(m['content'])}\n\n" for m in prompt)
-        return f"{self._head}{self.template.opening}{said}{self.template.response}{self._quote(response)}\n\n"
+        return f"{self._head}{opening}{said}{self.template.response}{self._quote(response)}\n\n"
 
-    def _quote(self, text: str) -> str:
-        return FORGED.sub(r"\1\2\\\3", text)
+    _quote = staticmethod(quote)
+
+    def _after(self, rule: int) -> str:
+        return self._question.replace("{rule}", self.pool[rule].text)
 
     def text(self, prompt: Sequence[Mapping[str, str]], response: str, rule: int) -> str:
         """The whole rendered question about one rule, as ``ChatTokenizer.encode`` reads it."""
-        return self._prefix_text(prompt, response) + self._branch_texts[rule]
+        return self._before(prompt, response, rule) + self._after(rule)
 
     def _run(self, prompt, response: str, rules: Sequence[int]) -> Node:
         """The question's beginning as one run of tokens, below it the rules."""
-        text = self._prefix_text(prompt, response)
+        if self._rule_first:
+            (rule,) = rules
+            return Node(self.chat.encode(self.text(prompt, response, rule)))
+        text = self._before(prompt, response, rules[0])
         branches = [self._branches[rule] for rule in rules]
-        first, last = self.chat.encode_many(text + self._branch_texts[rule] for rule in (rules[0], rules[-1]))
+        first, last = self.chat.encode_many(text + self._after(rule) for rule in (rules[0], rules[-1]))
         ids = first[: -len(branches[0])]
         same = np.array_equal(first[len(ids) :], branches[0]) and np.array_equal(last, np.append(ids, branches[-1]))
         if not same:
             # Tokens merge across the boundary here: it moves to where all questions still agree.
-            whole = self.chat.encode_many(text + self._branch_texts[rule] for rule in rules)
+            whole = self.chat.encode_many(text + self._after(rule) for rule in rules)
             cut = common_prefix(whole)
             ids, branches = whole[0][:cut], [one[cut:] for one in whole]
         return Node(ids, [Node(branch) for branch in branches])
 
-    def reply_tree(self, prompt: Sequence[Mapping[str, str]], response: str, rules: Sequence[int]) -> PrefixTree:
-        """One response, below it the given rules (positions in the pool), in their order."""
-        return PrefixTree.build(self._run(prompt, response, rules))
+    def _groups(self, rules: Sequence[int]) -> list[tuple[int, ...]]:
+        """Rules that share a tree."""
+        return [(rule,) for rule in rules] if self._rule_first else [tuple(rules)]
 
-    def pair_tree(
+    def reply_trees(
+        self, prompt: Sequence[Mapping[str, str]], response: str, rules: Sequence[int]
+    ) -> Iterator[Questions]:
+        """One response and the given rules (positions in the pool), in their order."""
+        for group in self._groups(rules):
+            yield Questions(PrefixTree.build(self._run(prompt, response, group)), ((0,),), group)
+
+    def pair_trees(
         self, prompt: Sequence[Mapping[str, str]], response_a: str, response_b: str, rules: Sequence[int]
-    ) -> tuple[PrefixTree, bool]:
-        """The prompt once, below it both responses in the order of their token ids, below each the rules.
+    ) -> Iterator[Questions]:
+        """Both responses, in the order of their token ids, and below each the given rules.
 
-        Returns:
-            The tree, and whether response_b comes first. Swapping the responses gives the same tree. Where the two
-            are the same tokens there is one run of rules, which stands for both.
+        What the two begin with stands once. Swapping the responses gives the same trees; where they are the same
+        tokens, one run of leaves stands for both, so that they tie.
         """
-        a, b = (self._run(prompt, response, rules) for response in (response_a, response_b))
-        if np.array_equal(a.tokens, b.tokens):  # the same question twice: asked once, so that the responses tie
-            return PrefixTree.build(a), False
-        cut = common_prefix([a.tokens, b.tokens])
-        root = a.tokens[:cut]
-        runs = [Node(run.tokens[cut:], run.children) for run in (a, b)]
-        b_first = tuple(runs[1].tokens) < tuple(runs[0].tokens)
-        return PrefixTree.build(Node(root, runs[::-1] if b_first else runs)), b_first
+        for group in self._groups(rules):
+            runs = [self._run(prompt, response, group) for response in (response_a, response_b)]
+            if np.array_equal(runs[0].tokens, runs[1].tokens):
+                yield Questions(PrefixTree.build(runs[0]), ((0, 1),), group)
+                continue
+            sides = sorted((0, 1), key=lambda side: tuple(runs[side].tokens))
+            cut = common_prefix([run.tokens for run in runs])
+            below = [Node(runs[side].tokens[cut:], runs[side].children) for side in sides]
+            tree = PrefixTree.build(Node(runs[0].tokens[:cut], below))
+            yield Questions(tree, tuple((side,) for side in sides), group)

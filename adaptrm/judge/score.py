@@ -106,7 +106,7 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     shapes: dict[int, int] = {}
     sample = []
     for pairs in job.parts():
-        trees, _ = judge.trees(pairs)
+        trees = [questions.tree for _, questions in judge.questions(pairs)]
         sample = sample or trees
         row_length, rows = choose_row_length([len(tree) for tree in trees], at_once)
         batches = -(-len(rows) // at_once)

@@ -52,7 +52,7 @@ def reward_examples(options: DataOptions, chat: ChatTokenizer, pad_id: int | Non
 
 
 def judge_examples(options: DataOptions, prompt: JudgePrompt) -> TreeStore:
-    """A tree a reply, below it every rule that people judged; the answers as targets."""
+    """The trees of each reply and the rules that people judged it by; the answers as targets."""
     if options.labels is None:
         raise InputError("data.labels is missing: give a rule-label file")
 
@@ -62,9 +62,10 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> TreeStore:
                 continue
             at = f"{options.labels}: {label.id}"
             rules = sorted(prompt.pool.index(list(label.labels), at))
-            verdicts = [label.labels[prompt.pool[rule].id] for rule in rules]
-            targets = [NEITHER if verdict is None else YES if verdict else NO for verdict in verdicts]
-            yield label.id, prompt.reply_tree(label.prompt, label.response, rules), targets, [1.0] * len(rules)
+            for questions in prompt.reply_trees(label.prompt, label.response, rules):
+                verdicts = [label.labels[prompt.pool[rule].id] for rule in questions.rules]
+                targets = [NEITHER if verdict is None else YES if verdict else NO for verdict in verdicts]
+                yield label.id, questions.tree, targets, [1.0] * len(targets)
 
     return _collect(options, examples())
 
