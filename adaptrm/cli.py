@@ -67,12 +67,18 @@ def demo(
 @app.command()
 def score(
     pairs: Annotated[str, typer.Option(help="Pairs: JSONL, JSONL.gz or Parquet.")],
-    judge: Annotated[str, typer.Option(help="Causal language model: a folder, a hub name or a run of train judge.")],
+    judge: Annotated[
+        str, typer.Option(help="Causal language model: a folder, a hub name or a run of train judge; or table:FILE.")
+    ],
     rules: Annotated[str, typer.Option(help="Rule pool: a name or a YAML file.")],
     out: Annotated[str, typer.Option(help="Score folder; an unfinished one goes on.")],
     template: Annotated[Template, typer.Option(help="Order of the judge prompt.")] = Template.conversation_first,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the judge.")] = Dtype.float32,
     part_size: Annotated[int, typer.Option(min=1, help="Pairs a part; a rerun goes on by whole parts.")] = 256,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="RULE=COLUMN of a table, where they differ; repeatable.")
+    ] = None,
+    value_range: Annotated[str, typer.Option("--range", help="LO,HI of a table's values.")] = "-1,1",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count tokens and predict the time, write nothing.")
     ] = False,
@@ -83,7 +89,8 @@ def score(
     from adaptrm.judge.score import dry_run as predict
     from adaptrm.judge.score import score as run
 
-    job = ScoreJob(pairs, judge, rules, out, template.value, dtype.value, part_size)
+    where = (pairs, judge, rules, out)
+    job = ScoreJob(*where, template.value, dtype.value, part_size, tuple(columns or ()), value_range)
     show(predict(job) if dry_run else run(job), as_json)
 
 

@@ -1,6 +1,7 @@
 """The judge: its questions token by token, and scores that depend on nothing but the question."""
 
 import dataclasses
+import json
 import re
 import unicodedata
 
@@ -329,6 +330,24 @@ def test_special_tokens_in_chats_are_text(chat, texts):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     ids = chat.encode_chat(messages, add_generation_prompt=True).tolist()
     assert [i for i in ids if i in chat.special_ids] == [1, 2] * len(texts) + [1]
+
+
+def test_taught_by_either_order_the_judge_is_asked_what_people_judged(prompt, tmp_path):
+    from adaptrm.config import DataOptions
+    from adaptrm.train.examples import NEITHER, NO, YES, judge_examples
+
+    pair, verdicts = tiny_pairs(1)[0], {"r4": None, "r0": True, "r3": False}
+    row = {"id": "x", "prompt": [dict(m) for m in pair.prompt], "response": pair.response_a, "labels": verdicts}
+    (tmp_path / "labels.jsonl").write_text(json.dumps(row) + "\n")
+    store = judge_examples(DataOptions(labels=str(tmp_path / "labels.jsonl")), prompt)
+    asked = {}
+    for i in range(len(store)):
+        tree, targets, weights = store[i]
+        assert (weights == 1).all()
+        asked |= {tuple(tree.sequence(leaf).tolist()): target for leaf, target in enumerate(targets)}
+    whole = wholes(prompt, pair.prompt, (pair.response_a,), (0, 3, 4))
+    answers = (YES, NO, NEITHER)
+    assert asked == {tuple(ids): answer for ids, answer in zip(whole.values(), answers, strict=True)}
 
 
 # --- where branches begin -----------------------------------------------------------------------------------------

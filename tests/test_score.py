@@ -35,7 +35,7 @@ def command(folder, out):
 def job(folder, out, **changes) -> ScoreJob:
     fields = {
         "pairs": str(folder / "pairs.jsonl"),
-        "model": str(folder / "lm"),
+        "judge": str(folder / "lm"),
         "rules": str(folder / "pool.yaml"),
         "out": str(out),
         "part_size": PART,

@@ -33,7 +33,7 @@ class Scores:
         rule_ids: of the rules.
         a, b: score of each response, ``(P(Yes) - P(No)) / label mass`` times the rule's sign, in [-1, 1].
         relevance: ``1 - P(Neither) / label mass``, averaged over the two responses, in [0, 1].
-        log_odds_a, log_odds_b: ``log P(Yes) - log P(No)`` times the rule's sign.
+        log_odds_a, log_odds_b: ``log P(Yes) - log P(No)`` times the rule's sign; nan where not known, null in files.
         label_mass_a, label_mass_b: ``P(Yes) + P(No) + P(Neither)``.
     """
 
@@ -97,7 +97,8 @@ def write_part(folder: str | os.PathLike, number: int, scores: Scores) -> None:
     columns = {"id": pa.array(scores.ids, pa.string())}
     for column, attribute in COLUMNS.items():
         flat = np.ascontiguousarray(getattr(scores, attribute), np.float32).reshape(-1)
-        columns[column] = pa.FixedSizeListArray.from_arrays(pa.array(flat), rules)
+        # from_pandas: nan is null
+        columns[column] = pa.FixedSizeListArray.from_arrays(pa.array(flat, from_pandas=True), rules)
     with paths.writing(paths.join(folder, part_name(number))) as stream:
         pq.write_table(pa.table(columns), stream)
 

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
+from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import Pair
 from adaptrm.data.scores import Scores
 from adaptrm.hf.load import load_weights, open_folder
-from adaptrm.judge.prompts import JudgePrompt, Questions
+from adaptrm.judge.prompts import ANSWERS, JudgePrompt, Questions
 from adaptrm.models.decoder import CausalLM
 from adaptrm.models.heads import answer_log_probabilities, at_leaves
 from adaptrm.parallel import local_mesh, read_leaves
@@ -31,8 +34,19 @@ class Judge:
         prompt: builds the judge's questions.
     """
 
-    def __init__(self, definition, state, chat: ChatTokenizer, rules: RulePool, template: str, dtype: str, mesh: Mesh):
+    def __init__(
+        self,
+        folder: Path,
+        definition,
+        state,
+        chat: ChatTokenizer,
+        rules: RulePool,
+        template: str,
+        dtype: str,
+        mesh: Mesh,
+    ):
         self.rules, self.prompt, self.dtype, self.mesh = rules, JudgePrompt(chat, rules, template), dtype, mesh
+        self._folder, self._template = folder, template
         self._definition, self._state = definition, state
         self._signs = np.array([rule.sign for rule in rules], np.float32)
 
@@ -57,7 +71,8 @@ class Judge:
         folder = open_folder(model)
         mesh = mesh or local_mesh()
         definition, state, _ = load_weights(folder, CausalLM, mesh, dtype=dtype)
-        return cls(definition, state, ChatTokenizer.from_folder(folder.path), rules, template, dtype, mesh)
+        chat = ChatTokenizer.from_folder(folder.path)
+        return cls(folder.path, definition, state, chat, rules, template, dtype, mesh)
 
     def score(self, pairs: Sequence[Pair]) -> Scores:
         """Score pairs; what comes out does not depend on what else is in the batch."""
@@ -89,6 +104,21 @@ class Judge:
         return read_leaves(
             trees, self.mesh, partial(_answer_leaves, self._definition, self.prompt.answers, self.dtype, self._state)
         )
+
+    def special_strings(self, pairs: Sequence[Pair]) -> int:
+        """How many strings of some pairs look like special tokens; they stay text."""
+        said = (m["content"] for pair in pairs for m in (*pair.conversation("a"), pair.conversation("b")[-1]))
+        return sum(map(self.prompt.chat.special_strings, said))
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest of a score folder says of where the scores come from."""
+        files = (f for f in sorted(self._folder.iterdir()) if f.suffix in (".safetensors", ".json", ".jinja"))
+        return {
+            "model_sha256": {file.name: paths.sha256(file) for file in files},
+            "template": self._template,
+            "answer_token_ids": dict(zip(ANSWERS, map(list, self.prompt.answers), strict=True)),
+            "answer_spellings_skipped": self.prompt.skipped,
+        }
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

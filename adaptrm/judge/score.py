@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +14,8 @@ from adaptrm import paths
 from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.data.scores import Scores, part_name, read_part, write_manifest, write_part
 from adaptrm.errors import InputError
-from adaptrm.hf.load import resolve_model
 from adaptrm.judge.language_model import Judge
+from adaptrm.judge.table import PREFIX, Table
 from adaptrm.prefix_tree import choose_row_length
 from adaptrm.progress import progress
 from adaptrm.rules import RulePool
@@ -26,15 +25,32 @@ LOW_MASS = 0.1  # below it the judge was mostly about to say something else than
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What ``adaptrm score`` is asked for."""
+    """What ``adaptrm score`` is asked for.
+
+    Attributes:
+        judge: a causal language model, or ``table:FILE``.
+        columns, value_range: of a table; see ``Table``.
+    """
 
     pairs: str
-    model: str
+    judge: str
     rules: str
     out: str
     template: str = "conversation-first"
     dtype: str = "float32"
     part_size: int = 256
+    columns: tuple[str, ...] = ()
+    value_range: str = "-1,1"
+
+    def source(self, pool: RulePool) -> Judge | Table:
+        """Where the scores come from."""
+        if not self.judge.startswith(PREFIX):
+            if self.columns or self.value_range != ScoreJob.value_range:
+                raise InputError(f"--columns and --range are for a table (--judge {PREFIX}FILE), not for a model")
+            return Judge.from_pretrained(self.judge, pool, self.template, self.dtype)
+        table = Table(self.judge.removeprefix(PREFIX), pool, self.columns, self.value_range)
+        table.check(read_pairs(self.pairs))
+        return table
 
     def parts(self) -> Iterator[list[Pair]]:
         """Runs of ``part_size`` pairs."""
@@ -57,10 +73,9 @@ def score(job: ScoreJob) -> dict[str, Any]:
         count = sum(1 for _ in read_pairs(job.pairs))  # every row is checked before the judge is loaded
         if not count:
             raise InputError(f"{job.pairs}: holds no pairs")
-        model = resolve_model(job.model)
-        judge = Judge.from_pretrained(model, pool, job.template, job.dtype)
+        source = job.source(pool)
         parts = -(-count // job.part_size)
-        write_manifest(job.out, _manifest(job, judge, model, count, parts))
+        write_manifest(job.out, _manifest(job, source, pool, count, parts))
         done = set(paths.names(job.out))
         masses, low, special = [], 0, 0
         with progress("score", "pairs", count) as shown:
@@ -70,14 +85,14 @@ def score(job: ScoreJob) -> dict[str, Any]:
                     if scores.ids != [pair.id for pair in pairs]:
                         raise InputError(f"{job.out}: {part_name(number)} holds other pairs; delete it and go on")
                 else:
-                    scores = judge.score(pairs)
+                    scores = source.score(pairs)
                     _check_finite(scores, job)
                     write_part(job.out, number, scores)
                 mass = np.stack([scores.label_mass_a, scores.label_mass_b])
                 masses.append((float(mass.mean()), len(pairs)))
                 low += int((mass < LOW_MASS).sum())
-                said = (m["content"] for pair in pairs for m in (*pair.conversation("a"), pair.conversation("b")[-1]))
-                special += sum(map(judge.prompt.chat.special_strings, said))
+                if isinstance(source, Judge):
+                    special += source.special_strings(pairs)
                 shown.advance(len(pairs))
     return {
         "scores": str(job.out),
@@ -94,13 +109,15 @@ def _check_finite(scores: Scores, job: ScoreJob) -> None:
     good = np.isfinite(scores.a) & np.isfinite(scores.b) & np.isfinite(scores.relevance)
     if not good.all():
         name = scores.ids[int(np.argmin(good.all(axis=1)))]
-        raise InputError(f"{job.model}: the scores of pair {name!r} are not finite in {job.dtype}; check its weights")
+        raise InputError(f"{job.judge}: the scores of pair {name!r} are not finite in {job.dtype}; check its weights")
 
 
 def dry_run(job: ScoreJob) -> dict[str, Any]:
-    """Tokenise everything, time one batch, and predict the rest."""
+    """Tokenise everything, time one batch, and predict the rest; of a table, check that it has what is needed."""
     pool = RulePool.load(job.rules)
-    judge = Judge.from_pretrained(job.model, pool, job.template, job.dtype)
+    judge = job.source(pool)
+    if isinstance(judge, Table):
+        return {"pairs": sum(map(len, job.parts())), "rules": len(pool), "rows": len(judge)}
     at_once = judge.mesh.shape["data"] * judge.mesh.shape["fsdp"]
     count = tokens = computed = separate = 0
     shapes: dict[int, int] = {}
@@ -136,26 +153,18 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     }
 
 
-def _manifest(job: ScoreJob, judge: Judge, model: Path, count: int, parts: int) -> dict[str, Any]:
-    prompt = judge.prompt
+def _manifest(job: ScoreJob, source: Judge | Table, pool: RulePool, count: int, parts: int) -> dict[str, Any]:
     return {
         "pairs": job.pairs,
         "pairs_sha256": paths.sha256(job.pairs),
         "count": count,
         "part_size": job.part_size,
         "parts": parts,
-        "pool": judge.rules.name,
-        "pool_hash": judge.rules.hash,
-        "rules": list(judge.rules.ids),
-        "model": job.model,
-        "model_sha256": {
-            file.name: paths.sha256(file)
-            for file in sorted(model.iterdir())
-            if file.suffix in (".safetensors", ".json", ".jinja")
-        },
-        "template": job.template,
-        "answer_token_ids": dict(zip(("Yes", "No", "Neither"), map(list, prompt.answers), strict=True)),
-        "answer_spellings_skipped": prompt.skipped,
+        "pool": pool.name,
+        "pool_hash": pool.hash,
+        "rules": list(pool.ids),
+        "model": job.judge,
         "dtype": job.dtype,
         "versions": {"adaptrm": adaptrm.__version__, "jax": jax.__version__},
+        **source.describe(),
     }
