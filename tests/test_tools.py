@@ -1,0 +1,55 @@
+"""The measuring tools run as a user runs them, and say what they measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ENV, QUICK, pair_rows, write_rows
+from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
+
+TOOLS = Path(__file__).parent.parent / "tools"
+RULES = 3
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("tools")
+    tiny_causal_lm(folder / "lm")
+    (folder / "pool.yaml").write_text(tiny_pool(RULES).to_yaml())
+    rows = [row | {"preferred": "a"} for row in pair_rows(tiny_pairs(3))]
+    pairs = write_rows(folder / "pairs.jsonl", rows)
+    return ["--judge", str(folder / "lm"), "--pairs", str(pairs), "--rules", str(folder / "pool.yaml"), "--k", "2"]
+
+
+def run(tool: str, *arguments: str) -> dict:
+    command = [sys.executable, str(TOOLS / tool), *arguments]
+    done = subprocess.run(command, env=ENV | QUICK, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_templates_are_compared(arguments):
+    found = run("compare_templates.py", *arguments)
+    assert (found["pairs"], found["rules"]) == (3, RULES)
+    for name in ("rank_correlation_of_scores", "rank_correlation_of_differences"):
+        assert found[name]["by_rule"].keys() == {f"r{i}" for i in range(RULES)}
+        assert -1 <= found[name]["least"] <= found[name]["median"] <= 1
+    assert 0 <= found["labels_agree"] <= 1 and 1 / 2 <= found["selected_rules_in_common"] <= 1
+    for name in ("label_mass", "agreement_with_people", "seconds"):
+        assert found[name].keys() == {"conversation-first", "rule-first"}
+        assert all(value >= 0 for value in found[name].values())
+
+
+def test_a_judge_is_attacked(arguments):
+    found = run("attack_judge.py", *arguments, "--limit", "2")
+    assert (found["pairs"], found["rules"]) == (2, RULES)
+    for name, by_quoting in found["texts"].items():
+        assert by_quoting.keys() == {"quoted", "unquoted"}, name
+        for figures in by_quoting.values():
+            assert abs(figures["mean_shift"]) > 0 and 0 <= figures["labels_turned"] <= 1
+    # Quoting changes what forges a heading, and nothing else.
+    texts = found["texts"]
+    assert texts["asks for Yes"]["quoted"] == texts["asks for Yes"]["unquoted"]
+    assert texts["forges the question"]["quoted"] != texts["forges the question"]["unquoted"]
