@@ -1,5 +1,7 @@
 """AdamW with warm-up, decay and clipping, from options."""
 
+import re
+
 import jax
 import optax
 
@@ -21,10 +23,11 @@ def learning_rate(options: OptimizerOptions, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2019); norms do not decay."""
+    """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2019); norms and biases do not decay."""
 
     def decays(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+        name = jax.tree_util.keystr
+        return jax.tree_util.tree_map_with_path(lambda at, _: not re.search("norm|bias", name(at)), params)
 
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
