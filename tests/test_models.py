@@ -206,7 +206,7 @@ def layer_by_layer(definition, state, tokens, positions, subtree_end):
 
 
 def assert_equals_transformers(theirs, definition, state, tokens, positions):
-    """Every layer and the logits, at the given positions."""
+    """Every layer and the logits, at the given positions; returns our logits."""
     import torch
 
     with torch.no_grad():
@@ -221,15 +221,11 @@ def assert_equals_transformers(theirs, definition, state, tokens, positions):
     )
     expected = [h.numpy() for h in out.hidden_states]
     # transformers norms the last of its hidden states.
-    assert len(expected) == len(states) + 1 == definition_of_layers(state) + 1
+    assert len(expected) == len(states) + 1 == theirs.config.num_hidden_layers + 1
     for number, (ours, right) in enumerate(zip([*states, hidden], expected, strict=True)):
         assert_equal_to({f"hidden {number}": ours}, {f"hidden {number}": right}, 1e-4)
     assert_equal_to(logits, out.logits.numpy(), 1e-4)
     return logits
-
-
-def definition_of_layers(state) -> int:
-    return len(state["model"]["layers"]["input_layernorm"]["weight"][...])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -287,4 +283,8 @@ def test_a_trained_model_equals_its_reference_logits_and_transformers(data, one_
     tokens = np.asarray([reference["ids"]], np.int32)
     positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
     logits = assert_equals_transformers(theirs, definition, state, tokens, positions)
-    print(sorted(reference), config)
+    for place, name in ((0, "logits_at_first"), (-1, "logits_at_last")):
+        assert_equal_to(logits[0, place], np.asarray(reference[name]), 1e-4)
+    # Past the length that it was trained on, too.
+    assert_equals_transformers(theirs, definition, state, tokens, positions + 4 * config.max_position_embeddings)
+    print(f"\n{config.num_hidden_layers} layers and {logits.size} logits equal to 1e-4")
