@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from folders import hf_model
 from numerics import assert_equal_to
 from tiny import LLAMA3, VOCAB, random_state, tiny_config
 from trees import deep, fan, flatten, pack
 
 from adaptrm.hf import load_weights, open_folder
-from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
+from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.config import FAMILIES
 from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
 from adaptrm.models.layers import rotary_angles
@@ -69,10 +70,15 @@ def both_sides(definition, state, **options):
 @pytest.mark.parametrize(
     "variant",
     [
-        {"num_key_value_heads": 4},
-        {"num_key_value_heads": 2},
-        {"num_key_value_heads": 1, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
-        {"model_type": "qwen3", "attention_bias": True},
+        {"model_type": "qwen2", "num_key_value_heads": 4},
+        {"model_type": "qwen3", "num_key_value_heads": 2, "attention_bias": True},
+        {
+            "num_key_value_heads": 1,
+            "rope_scaling": LLAMA3,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
     ],
 )
 def test_tree_equals_separate_sequences(variant):
@@ -152,38 +158,6 @@ VARIANTS = {
     },
     "qwen2, llama 3.1 rope": {"model_type": "qwen2", "rope_scaling": LLAMA3},
 }
-
-
-def hf_model(folder, kind: str, config: ModelConfig, seed: int = 0, **extra):
-    """A random transformers model, saved to ``folder``; attention is far from uniform, norms and biases are seen."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    torch.manual_seed(seed)
-    raw = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "rope_scaling")}
-    rope = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **vars(config.rope_scaling)}
-    rope["rope_theta"] = raw.pop("rope_theta")
-    name = config.family.name
-    model = getattr(transformers, f"{name}{kind}")(
-        getattr(transformers, f"{name}Config")(
-            **raw,
-            rope_parameters=rope,
-            initializer_range=config.hidden_size**-0.5,
-            attn_implementation="eager",
-            **extra,
-        )
-    ).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight += 0.1 * torch.randn_like(weight)
-            if "bias" in name:
-                assert not weight.any()  # transformers starts them at zero
-                weight += 0.2 * torch.randn_like(weight)
-    model.save_pretrained(folder)
-    return model
 
 
 @partial(jax.jit, static_argnums=(0,))
