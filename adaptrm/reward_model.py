@@ -66,9 +66,9 @@ class RewardModel:
             head = f"its head is {listed(folder.other_heads)}; only a linear `score` without bias is read"
             mend = head if folder.other_heads else "this is not a reward model, train one from it first"
             raise InputError(f"{model_dir}: has no score.weight; {mend}")
+        pad_id = folder.pad_token_id
         definition, params, _ = load_weights(folder, SequenceClassifier, mesh, dtype=dtype)
         chat = ChatTokenizer.from_folder(folder.path)
-        pad_id = folder.raw.get("pad_token_id")
         pad = (None if pad_id is None else chat.tokenizer.convert_ids_to_tokens(pad_id), pad_id)
         if pad_can_end(chat, pad_id):
             warnings.warn(

@@ -286,6 +286,12 @@ def test_heads_that_are_not_one_reward_are_errors(tmp_path, one_device, heads, f
     assert re.search(message, refusal(RewardModel.from_pretrained, folder, mesh=one_device))
 
 
+@pytest.mark.parametrize("pad", [448, 10**30, "0", [0], 1.5, True])
+def test_a_pad_token_that_is_none_is_an_error(tmp_path, pad):
+    folder = write_folder(tmp_path, tiny_config(), hf_tensors(tiny_config(), head="score"), pad_token_id=pad)
+    assert "config.json: pad_token_id is " in refusal(RewardModel.from_pretrained, folder)
+
+
 # --- config.json --------------------------------------------------------------------------------------------------
 
 

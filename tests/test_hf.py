@@ -79,6 +79,12 @@ def test_a_published_reward_model_keeps_its_vocabulary_on_any_mesh(tmp_path, sha
     assert raw_tensors(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(("written", "meant"), [(0, 0), (447, 447), (-1, None), (None, None)])
+def test_a_negative_pad_token_is_none(tmp_path, written, meant):
+    folder = write_folder(tmp_path, tiny_config(), hf_tensors(tiny_config(), head="score"), pad_token_id=written)
+    assert open_folder(folder).pad_token_id == meant
+
+
 def test_each_parameter_keeps_its_own_dtype(tmp_path, one_device):
     config = tiny_config(model_type="qwen3")
     kinds = {"norm": "float32", "embed": "float16"}

@@ -15,11 +15,13 @@ from tiny import LLAMA3, VOCAB, random_state, tiny_config
 from trees import deep, fan, flatten, pack
 
 from adaptrm.hf import load_weights, open_folder
+from adaptrm.hf.load import abstract_model
 from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.config import FAMILIES
 from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
 from adaptrm.models.layers import rotary_angles
 from adaptrm.prefix_tree import Node, PackedRows, PrefixTree, best_fit, pack_rows
+from adaptrm.train.optimizer import decays
 
 # One shape of rows and of flat sequences for all: compiling is what takes the time.
 ROWS, TOKENS, LEAVES = 2, 448, 100
@@ -121,6 +123,14 @@ def test_answers_are_pooled_over_spellings_and_normalised_over_the_vocabulary():
     share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.log(np.stack([share[..., 1] + share[..., 4], share[..., 7], share[..., 9]], -1))
     assert_equal_to(got, expected, 1e-5)
+
+
+def test_norms_and_biases_do_not_decay():
+    _, params = abstract_model(CausalLM, tiny_config(model_type="qwen3", attention_bias=True))
+    kept = {path[-2:] for path, decay in nnx.to_flat_state(decays(params)) if not decay.get_value()}
+    norms = ("input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm")
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert kept == {(name, "weight") for name in norms} | {(name, "bias") for name in projections}
 
 
 # --- parity with transformers -------------------------------------------------------------------------------------

@@ -86,6 +86,19 @@ class Folder:
         return HEAD in self.tensors
 
     @property
+    def pad_token_id(self) -> int | None:
+        """The id at which transformers looks for the end of a text; a negative one, as old folders have it, is none.
+
+        Raises:
+            InputError: it is no token of the vocabulary.
+        """
+        pad, vocab = self.raw.get("pad_token_id"), self.config.vocab_size
+        if pad is not None and (type(pad) is not int or pad >= vocab):
+            shown = reprlib.repr(pad)
+            raise InputError(f"{self.path / 'config.json'}: pad_token_id is {shown}; the vocabulary has {vocab} tokens")
+        return None if pad is None or pad < 0 else pad
+
+    @property
     def other_heads(self) -> list[str]:
         """Tensors of heads that are neither ``score`` without a bias nor a vocabulary."""
         known = (HEAD, "lm_head.weight")
