@@ -61,7 +61,7 @@ def verify(out: str | os.PathLike, expected: np.ndarray) -> dict[str, float]:
     model_type = SequenceClassifier if folder.is_classifier else CausalLM
     mesh = make_mesh()
     definition, params, _ = load_weights(folder, model_type, mesh, dtype="float32")
-    pad_id = folder.raw.get("pad_token_id") if folder.is_classifier else None
+    pad_id = folder.pad_token_id if folder.is_classifier else None
     chat = ChatTokenizer.from_folder(folder.path)
     found = {"adaptrm": _difference(expected, probe(definition, params, chat, pad_id, mesh))}
     if importlib.util.find_spec("torch") is not None:

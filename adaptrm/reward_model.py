@@ -18,7 +18,7 @@ from adaptrm.data.chat import ChatTokenizer, pad_can_end
 from adaptrm.data.chat_trees import conversation_tree, pair_tree
 from adaptrm.data.preferences import Pair
 from adaptrm.errors import InputError
-from adaptrm.hf.load import load_weights, open_folder
+from adaptrm.hf.load import listed, load_weights, open_folder
 from adaptrm.models import SequenceClassifier
 from adaptrm.models.heads import at_leaves, label_logits
 from adaptrm.parallel import local_mesh, read_leaves
@@ -63,10 +63,12 @@ class RewardModel:
             return cls(definition, params, start.raw, start.chat, start.pad, dtype, mesh)
         folder = open_folder(model_dir)
         if not folder.is_classifier:
-            raise InputError(f"{model_dir}: has no score.weight; this is not a reward model, train one from it first")
+            head = f"its head is {listed(folder.other_heads)}; only a linear `score` without bias is read"
+            mend = head if folder.other_heads else "this is not a reward model, train one from it first"
+            raise InputError(f"{model_dir}: has no score.weight; {mend}")
+        pad_id = folder.pad_token_id
         definition, params, _ = load_weights(folder, SequenceClassifier, mesh, dtype=dtype)
         chat = ChatTokenizer.from_folder(folder.path)
-        pad_id = folder.raw.get("pad_token_id")
         pad = (None if pad_id is None else chat.tokenizer.convert_ids_to_tokens(pad_id), pad_id)
         if pad_can_end(chat, pad_id):
             warnings.warn(

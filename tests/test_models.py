@@ -1,6 +1,7 @@
 """The decoder: a packed tree equals separate sequences, and our numbers equal transformers'."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -8,15 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from folders import hf_model
 from numerics import assert_equal_to
 from tiny import LLAMA3, VOCAB, random_state, tiny_config
 from trees import deep, fan, flatten, pack
 
 from adaptrm.hf import load_weights, open_folder
-from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
+from adaptrm.hf.load import abstract_model
+from adaptrm.models import CausalLM, SequenceClassifier
+from adaptrm.models.config import FAMILIES
 from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
 from adaptrm.models.layers import rotary_angles
 from adaptrm.prefix_tree import Node, PackedRows, PrefixTree, best_fit, pack_rows
+from adaptrm.train.optimizer import decays
 
 # One shape of rows and of flat sequences for all: compiling is what takes the time.
 ROWS, TOKENS, LEAVES = 2, 448, 100
@@ -67,9 +72,15 @@ def both_sides(definition, state, **options):
 @pytest.mark.parametrize(
     "variant",
     [
-        {"num_key_value_heads": 4},
-        {"num_key_value_heads": 2},
-        {"num_key_value_heads": 1, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
+        {"model_type": "qwen2", "num_key_value_heads": 4},
+        {"model_type": "qwen3", "num_key_value_heads": 2, "attention_bias": True},
+        {
+            "num_key_value_heads": 1,
+            "rope_scaling": LLAMA3,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
     ],
 )
 def test_tree_equals_separate_sequences(variant):
@@ -114,14 +125,40 @@ def test_answers_are_pooled_over_spellings_and_normalised_over_the_vocabulary():
     assert_equal_to(got, expected, 1e-5)
 
 
+def test_norms_and_biases_do_not_decay():
+    _, params = abstract_model(CausalLM, tiny_config(model_type="qwen3", attention_bias=True))
+    kept = {path[-2:] for path, decay in nnx.to_flat_state(decays(params)) if not decay.get_value()}
+    norms = ("input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm")
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert kept == {(name, "weight") for name in norms} | {(name, "bias") for name in projections}
+
+
 # --- parity with transformers -------------------------------------------------------------------------------------
 
+GQA = {"gqa 1": 4, "gqa 2": 2, "gqa 4": 1}
+# What each family may switch on. Qwen2 always has biases, Qwen3 always norms its queries and keys.
+SWITCHES = {
+    "llama": ({}, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ({},),
+    "qwen2": ({},),
+    "qwen3": ({}, {"attention_bias": True}),
+}
 VARIANTS = {
-    "gqa 1": {"num_key_value_heads": 4},
-    "gqa 2": {},
-    "gqa 4, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    f"{family}, {gqa}{', tied' if tied else ''}{', biases' if switches else ''}": {
+        "model_type": family,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": tied,
+        **switches,
+    }
+    for family, choices in SWITCHES.items()
+    for gqa, kv_heads in GQA.items()
+    for tied in (False, True)
+    for switches in choices
+} | {
     "9 heads over 3": {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
     "wide heads": {"head_dim": 16},
+    "qwen3, wide heads": {"model_type": "qwen3", "head_dim": 16, "rms_norm_eps": 1e-2},
+    "llama, biases of attention alone": {"attention_bias": True},
     "llama 3.1 rope": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "rms_norm_eps": 1e-6},
     "llama 3.1 rope, long": {
         "rope_scaling": dataclasses.replace(LLAMA3, original_max_position_embeddings=8192),
@@ -129,62 +166,33 @@ VARIANTS = {
         "max_position_embeddings": 131072,
         "head_dim": 64,
     },
+    "qwen2, llama 3.1 rope": {"model_type": "qwen2", "rope_scaling": LLAMA3},
 }
 
 
-def hf_model(folder, kind: str, config: ModelConfig, seed: int = 0, **extra):
-    """A random transformers model, saved to ``folder``; attention is far from uniform, norms are not ones."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    torch.manual_seed(seed)
-    raw = {k: v for k, v in config.to_hf().items() if k not in ("model_type", "rope_scaling")}
-    rope = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **vars(config.rope_scaling)}
-    rope["rope_theta"] = raw.pop("rope_theta")
-    model = getattr(transformers, f"Llama{kind}")(
-        transformers.LlamaConfig(
-            **raw,
-            rope_parameters=rope,
-            initializer_range=config.hidden_size**-0.5,
-            attn_implementation="eager",
-            **extra,
-        )
-    ).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight += 0.1 * torch.randn_like(weight)
-    model.save_pretrained(folder)
-    return model
-
-
 @partial(jax.jit, static_argnums=(0,))
+def one_layer(definition, weights, x, angles, subtree_end):
+    return nnx.merge(definition, weights)(x, angles, subtree_end)
+
+
 def layer_by_layer(definition, state, tokens, positions, subtree_end):
-    """The input of every layer, the output of the last one, the normed hidden states, and the logits."""
+    """The input of every layer, the normed hidden states, and the logits; most variants share compiled layers."""
     model = nnx.merge(definition, state)
     decoder = model.model
     layer, stacked = nnx.split(decoder.layers)
     states = [decoder.embed_tokens.weight[...][tokens]]
+    angles = rotary_angles(decoder.config, positions)
     for i in range(decoder.config.num_hidden_layers):
-        own = nnx.merge(layer, jax.tree.map(lambda w, i=i: w[i], stacked))
-        states.append(own(states[-1], rotary_angles(decoder.config, positions), subtree_end))
-    hidden = decoder(tokens, positions, subtree_end)
+        own = jax.tree.map(lambda w, i=i: w[i], stacked)
+        states.append(one_layer(layer, own, states[-1], angles, subtree_end))
+    hidden = decoder.norm(states.pop())
     return states, hidden, jnp.einsum("btd,vd->btv", hidden, model.unembedding)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_transformers_layer_by_layer(tmp_path, one_device, variant):
-    torch = pytest.importorskip("torch")
-    config = tiny_config(**VARIANTS[variant])
-    theirs = hf_model(tmp_path, "ForCausalLM", config)
-    definition, state, read = load_weights(open_folder(tmp_path), CausalLM, one_device, dtype="float32")
-    assert read == config
-    rows, length = 2, 96
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, length)).astype(np.int32)
-    # The second row lies past the original length wherever there is one.
-    positions = np.arange(length, dtype=np.int32) + np.array([[0], [config.max_position_embeddings - length]], np.int32)
+def assert_equals_transformers(theirs, definition, state, tokens, positions):
+    """Every layer and the logits, at the given positions; returns our logits."""
+    import torch
+
     with torch.no_grad():
         out = theirs(
             input_ids=torch.from_numpy(tokens).long(),
@@ -193,40 +201,74 @@ def test_equals_transformers_layer_by_layer(tmp_path, one_device, variant):
             use_cache=False,
         )
     states, hidden, logits = layer_by_layer(
-        definition, state, tokens, positions, np.full((rows, length), length, np.int32)
+        definition, state, tokens, positions, np.full(tokens.shape, tokens.shape[1], np.int32)
     )
     expected = [h.numpy() for h in out.hidden_states]
     # transformers norms the last of its hidden states.
-    assert len(expected) == len(states) == config.num_hidden_layers + 1
-    for number, (ours, right) in enumerate(zip([*states[:-1], hidden], expected, strict=True)):
+    assert len(expected) == len(states) + 1 == theirs.config.num_hidden_layers + 1
+    for number, (ours, right) in enumerate(zip([*states, hidden], expected, strict=True)):
         assert_equal_to({f"hidden {number}": ours}, {f"hidden {number}": right}, 1e-4)
     assert_equal_to(logits, out.logits.numpy(), 1e-4)
+    return logits
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_rewards_equal_transformers_with_padding_on_either_side(tmp_path, one_device, batch, side):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_transformers_layer_by_layer(tmp_path, one_device, variant):
+    config = tiny_config(**VARIANTS[variant])
+    theirs = hf_model(tmp_path, "ForCausalLM", config)
+    definition, state, read = load_weights(open_folder(tmp_path), CausalLM, one_device, dtype="float32")
+    assert read == config
+    rows, length = 2, 96
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, length)).astype(np.int32)
+    # The second row lies past the original length wherever there is one.
+    positions = np.arange(length, dtype=np.int32) + np.array([[0], [config.max_position_embeddings - length]], np.int32)
+    assert_equals_transformers(theirs, definition, state, tokens, positions)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rewards_equal_transformers_with_padding_on_either_side(tmp_path, one_device, family):
     torch = pytest.importorskip("torch")
     pad = 0
-    theirs = hf_model(tmp_path, "ForSequenceClassification", tiny_config(), num_labels=1, pad_token_id=pad)
+    config = tiny_config(model_type=family)
+    theirs = hf_model(tmp_path, "ForSequenceClassification", config, num_labels=1, pad_token_id=pad)
     definition, state, _ = load_weights(open_folder(tmp_path), SequenceClassifier, one_device, dtype="float32")
-    rng = np.random.default_rng(batch)
-    sequences = [rng.integers(1, VOCAB, n) for n in rng.integers(5, 60, batch)]
-    padded = np.full((batch, 64), pad)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[slice(-len(sequence), None) if side == "left" else slice(len(sequence))] = sequence
-    with torch.no_grad():
-        ids = torch.from_numpy(padded)
-        expected = theirs(input_ids=ids, attention_mask=(ids != pad).long()).logits[:, 0].numpy()
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(1, VOCAB, n) for n in rng.integers(5, 60, 8)]
     trees = [PrefixTree.build(Node(sequence)) for sequence in sequences]
     packed = pack_rows(trees, best_fit([len(tree) for tree in trees], 128), 128, 16, pad_rows_to=4)
     by_tree = packed.to_owners(np.asarray(rewards(definition, state, *arrays(packed))))
-    got = np.concatenate([by_tree[i][:, 0] for i in range(batch)])
-    assert_equal_to(got, expected, 1e-4)
-    assert batch == 1 or np.ptp(expected) > 0.1
+    got = np.concatenate([by_tree[i][:, 0] for i in range(len(trees))])
+    for side in ("left", "right"):
+        padded = np.full((8, 64), pad)
+        for row, sequence in zip(padded, sequences, strict=True):
+            row[slice(-len(sequence), None) if side == "left" else slice(len(sequence))] = sequence
+        ids = torch.from_numpy(padded)
+        for batch in (1, 8):
+            with torch.no_grad():
+                parts = [theirs(input_ids=x, attention_mask=(x != pad).long()).logits[:, 0] for x in ids.split(batch)]
+            assert_equal_to(got, torch.cat(parts).numpy(), 1e-4)
+    assert np.ptp(got) > 0.1
 
 
 @partial(jax.jit, static_argnums=(0,))
 def rewards(definition, state, tokens, positions, subtree_end, leaves):
     model = nnx.merge(definition, state)
     return label_logits(at_leaves(model.model(tokens, positions, subtree_end), leaves), model.score.weight[...])
+
+
+@pytest.mark.slow
+def test_a_trained_model_equals_its_reference_logits_and_transformers(data, one_device):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    folder = data / "checkpoints" / "stories260k"
+    reference = json.loads((folder / "reference_logits.json").read_text())
+    definition, state, config = load_weights(open_folder(folder), CausalLM, one_device)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    tokens = np.asarray([reference["ids"]], np.int32)
+    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    logits = assert_equals_transformers(theirs, definition, state, tokens, positions)
+    for place, name in ((0, "logits_at_first"), (-1, "logits_at_last")):
+        assert_equal_to(logits[0, place], np.asarray(reference[name]), 1e-4)
+    # Past the length that it was trained on, too.
+    assert_equals_transformers(theirs, definition, state, tokens, positions + 4 * config.max_position_embeddings)
+    print(f"\n{config.num_hidden_layers} layers and {logits.size} logits equal to 1e-4")

@@ -85,8 +85,18 @@ def loss_and_gradients(definition, state, tokens, positions, subtree_end, leaves
 
 CONFIGS = {
     # SmolLM2's 9 heads over 3: no axis of 2 or more divides the heads, so they are replicated.
-    "9 heads over 3": tiny_config(hidden_size=72, num_attention_heads=9, num_key_value_heads=3),
-    "8 heads over 4": tiny_config(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True),
+    "9 heads over 3": tiny_config(
+        hidden_size=72, num_attention_heads=9, num_key_value_heads=3, attention_bias=True, mlp_bias=True
+    ),
+    # A vocabulary with one row for a pad token, as reward models have: no axis divides it.
+    "8 heads over 4": tiny_config(
+        model_type="qwen3",
+        vocab_size=449,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
 }
 TREES = [deep(seed=s) for s in range(9)] + [fan(20, 8, 4, seed=s) for s in range(5)]
 

@@ -112,7 +112,7 @@ LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, orig
 def random_state(model_type, config: ModelConfig, seed: int = 0, dtype="float32", **extra) -> tuple:
     """Definition and random state, with weights large enough that attention and logits are far from uniform.
 
-    Norms differ from one, so that a norm that is left out is seen.
+    Norms differ from one and biases from zero, so that one that is left out is seen.
     """
     definition, state = abstract_model(model_type, config, **extra)
     rng = np.random.default_rng(seed)
@@ -125,7 +125,7 @@ def random_state(model_type, config: ModelConfig, seed: int = 0, dtype="float32"
 
 
 def tiny_causal_lm(folder: str | Path, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
-    """Write a whole Hugging Face folder: a random ``LlamaForCausalLM`` with the tokenizer of ``tiny_tokenizer``."""
+    """Write a whole Hugging Face folder: a random ``...ForCausalLM`` with the tokenizer of ``tiny_tokenizer``."""
     folder = Path(folder)
     tokenizer = tiny_tokenizer(folder)
     config = tiny_config(**overrides)
@@ -133,7 +133,7 @@ def tiny_causal_lm(folder: str | Path, seed: int = 0, dtype: str = "float32", **
     _, state = random_state(CausalLM, config, seed, dtype)
     save_weights(state, folder)
     raw = config.to_hf() | {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [f"{config.family.name}ForCausalLM"],
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "torch_dtype": dtype,

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from adaptrm import paths
 from adaptrm.hf.keys import key_table
+from adaptrm.models.config import FAMILIES, rope_parameters
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -70,13 +71,13 @@ def model_config(raw: dict[str, Any], num_labels: int | None, **fields: Any) -> 
         num_labels: of a sequence classifier; None for a causal language model.
         fields: to set, such as ``pad_token_id``, ``vocab_size`` and ``torch_dtype``.
     """
-    rope = dict(raw.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    scaling = rope if rope.get("rope_type", "default") != "default" else raw.get("rope_scaling")
+    theta, rope = rope_parameters(raw, "config.json")
+    scaling = None if rope["rope_type"] == "default" else rope
     # transformers 5 writes rope_parameters and dtype; transformers 4 reads the older names, and 5 reads those too.
     dropped = ("rope_parameters", "dtype", "_name_or_path", "_model_name_or_path", "auto_map", "transformers_version")
-    kept = {k: v for k, v in raw.items() if k not in (*dropped, "id2label", "label2id")}
-    family = {"llama": "Llama"}[raw["model_type"]]
+    labelled = ("id2label", "label2id", "num_labels", "problem_type")
+    kept = {k: v for k, v in raw.items() if k not in (*dropped, *labelled)}
+    family = FAMILIES[raw["model_type"]].name
     labels = {} if num_labels is None else {f"LABEL_{i}": i for i in range(num_labels)}
     if num_labels is not None:
         kept |= {"id2label": {str(i): label for label, i in labels.items()}, "label2id": labels}

@@ -4,6 +4,7 @@ Our modules carry Hugging Face's names, and a parameter of the stacked layers st
 row of the table is a name with ``{i}`` for the layer, the path of the parameter, and the shape of one tensor.
 """
 
+import math
 from dataclasses import dataclass
 
 from flax import nnx
@@ -41,7 +42,9 @@ def key_table(state: nnx.State) -> list[Key]:
         stacked = dotted.startswith(STACK)
         own = shape[1:] if stacked else shape
         # Heads are a dimension of ours; Hugging Face folds them into the output (q, k, v) or the input (o).
-        if len(own) == 3:
+        if dotted.endswith(".bias"):
+            own = (math.prod(own),)
+        elif len(own) == 3:
             own = (own[0], own[1] * own[2]) if dotted.endswith("o_proj.weight") else (own[0] * own[1], own[2])
         names = [dotted.replace(STACK, f"{STACK}{i}.", 1) for i in range(shape[0])] if stacked else [dotted]
         table.append(Key(tuple(path), shape, tuple(names), own))

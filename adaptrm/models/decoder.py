@@ -15,7 +15,7 @@ Remat = Literal["none", "layer"]
 
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states: a Llama-family decoder over stacked layers."""
+    """Token ids to hidden states, over stacked layers; one decoder for all families."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -47,7 +47,7 @@ class Decoder(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A decoder with a vocabulary head (``LlamaForCausalLM``)."""
+    """A decoder with a vocabulary head (``...ForCausalLM``)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.model = Decoder(config, rngs)
@@ -61,7 +61,7 @@ class CausalLM(nnx.Module):
 
 
 class SequenceClassifier(nnx.Module):
-    """A decoder with a linear head, without bias (``LlamaForSequenceClassification``).
+    """A decoder with a linear head, without bias (``...ForSequenceClassification``).
 
     One label is a reward model, R labels a rule adapter.
     """

@@ -22,18 +22,31 @@ MIMETIC = 0.9  # share of the value projection in the output projection at the s
 
 
 class Weight(nnx.Module):
-    """One parameter, with the logical axis of each dimension."""
+    """One parameter, with the logical axis of each dimension; as a projection it may have a bias.
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs | None = None, inputs: int = 1):
+    A bias has the leading axes of its weight, since those are the outputs.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        rngs: nnx.Rngs | None = None,
+        inputs: int = 1,
+        bias: bool = False,
+    ):
         """Normal initialisation by the fan-in (the last ``inputs`` dimensions) with ``rngs``, ones without."""
         value = jnp.ones(shape)
         if rngs is not None:
             value = jax.random.normal(rngs.params(), shape) * math.prod(shape[-inputs:]) ** -0.5
         self.weight = nnx.Param(value)
+        self.bias = nnx.Param(jnp.zeros(shape[:-inputs])) if bias else None
         self.axes = axes
 
-    def __call__(self, dtype) -> Array:
-        return self.weight[...].astype(dtype)
+    def project(self, equation: str, x: Array) -> Array:
+        """``einsum(equation, x, weight)`` plus the bias, in the dtype of ``x``."""
+        out = jnp.einsum(equation, x, self.weight[...].astype(x.dtype))
+        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(Weight):
@@ -74,10 +87,17 @@ class Attention(nnx.Module):
         layers, hidden = config.num_hidden_layers, config.hidden_size
         query = (layers, config.num_attention_heads, config.head_dim, hidden)
         key = (layers, config.num_key_value_heads, config.head_dim, hidden)
-        self.q_proj = Weight(query, ("layers", "heads", "head_dim", "embed"), rngs)
-        self.k_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs)
-        self.v_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs)
-        self.o_proj = Weight((layers, hidden, *query[1:3]), ("layers", "embed", "heads", "head_dim"), rngs, inputs=2)
+        qkv, out = config.qkv_bias, config.attention_bias
+        self.q_proj = Weight(query, ("layers", "heads", "head_dim", "embed"), rngs, bias=qkv)
+        self.k_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs, bias=qkv)
+        self.v_proj = Weight(key, ("layers", "kv_heads", "head_dim", "embed"), rngs, bias=qkv)
+        output = (layers, hidden, *query[1:3])
+        self.o_proj = Weight(output, ("layers", "embed", "heads", "head_dim"), rngs, inputs=2, bias=out)
+        if config.family.qk_norm:
+            norm = ((layers, config.head_dim), ("layers", "head_dim"), config.rms_norm_eps)
+            self.q_norm, self.k_norm = RMSNorm(*norm), RMSNorm(*norm)
+        else:
+            self.q_norm = self.k_norm = None
         if query == key:
             # Mimetic initialisation (Trockman & Kolter 2023): heads begin by looking for their own token and passing
             # it on, as trained ones do. Small models from random weights otherwise depend on luck to find that.
@@ -86,10 +106,13 @@ class Attention(nnx.Module):
             self.o_proj.weight.set_value(MIMETIC * values + (1 - MIMETIC**2) ** 0.5 * out)
 
     def __call__(self, x_BTD: Array, angles_BTh: Array, subtree_end_BT: Array) -> Array:
-        q = rotate(jnp.einsum("btd,nhd->btnh", x_BTD, self.q_proj(x_BTD.dtype)), angles_BTh)
-        k = rotate(jnp.einsum("btd,khd->btkh", x_BTD, self.k_proj(x_BTD.dtype)), angles_BTh)
-        v = jnp.einsum("btd,khd->btkh", x_BTD, self.v_proj(x_BTD.dtype))
-        return jnp.einsum("btnh,dnh->btd", sharded_attention(q, k, v, subtree_end_BT), self.o_proj(x_BTD.dtype))
+        q = self.q_proj.project("btd,nhd->btnh", x_BTD)
+        k = self.k_proj.project("btd,khd->btkh", x_BTD)
+        v = self.v_proj.project("btd,khd->btkh", x_BTD)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, angles_BTh), rotate(k, angles_BTh)
+        return self.o_proj.project("btnh,dnh->btd", sharded_attention(q, k, v, subtree_end_BT))
 
 
 def sharded_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, subtree_end_BT: Array) -> Array:
@@ -110,14 +133,15 @@ def sharded_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, subtree_end_B
 class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         up = (config.num_hidden_layers, config.intermediate_size, config.hidden_size)
-        self.gate_proj = Weight(up, ("layers", "mlp", "embed"), rngs)
-        self.up_proj = Weight(up, ("layers", "mlp", "embed"), rngs)
-        self.down_proj = Weight((up[0], up[2], up[1]), ("layers", "embed", "mlp"), rngs)
+        bias = config.mlp_bias
+        self.gate_proj = Weight(up, ("layers", "mlp", "embed"), rngs, bias=bias)
+        self.up_proj = Weight(up, ("layers", "mlp", "embed"), rngs, bias=bias)
+        self.down_proj = Weight((up[0], up[2], up[1]), ("layers", "embed", "mlp"), rngs, bias=bias)
 
     def __call__(self, x_BTD: Array) -> Array:
-        gate = jnp.einsum("btd,fd->btf", x_BTD, self.gate_proj(x_BTD.dtype))
-        up = jnp.einsum("btd,fd->btf", x_BTD, self.up_proj(x_BTD.dtype))
-        return jnp.einsum("btf,df->btd", jax.nn.silu(gate) * up, self.down_proj(x_BTD.dtype))
+        gate = self.gate_proj.project("btd,fd->btf", x_BTD)
+        up = self.up_proj.project("btd,fd->btf", x_BTD)
+        return self.down_proj.project("btf,df->btd", jax.nn.silu(gate) * up)
 
 
 class Layer(nnx.Module):

@@ -1,5 +1,7 @@
 """AdamW with warm-up, decay and clipping, from options."""
 
+import re
+
 import jax
 import optax
 
@@ -20,12 +22,14 @@ def learning_rate(options: OptimizerOptions, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
+def decays(params):
+    """Which parameters weight decay acts on: all but norms and biases."""
+    name = jax.tree_util.keystr
+    return jax.tree_util.tree_map_with_path(lambda path, _: not re.search("norm|bias", name(path)), params)
+
+
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2019); norms do not decay."""
-
-    def decays(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
-
+    """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2019)."""
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
         optax.adamw(

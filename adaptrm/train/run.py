@@ -212,7 +212,7 @@ def start_of(kind: Kind, options: TrainOptions) -> Start:
         return Start(kind, None, chat, config.to_hf(), config, pad, None)
     folder = open_folder(options.model.pretrained)
     chat = ChatTokenizer.from_folder(folder.path)
-    pad = _pad(kind, chat, folder.raw.get("pad_token_id") if folder.is_classifier else None)
+    pad = _pad(kind, chat, folder.pad_token_id if folder.is_classifier else None)
     config = replace(folder.config, vocab_size=max(folder.config.vocab_size, (pad[1] or 0) + 1))
     return Start(kind, options.model.pretrained, chat, folder.raw, config, pad, folder)
 
