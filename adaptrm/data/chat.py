@@ -120,7 +120,7 @@ class ChatTokenizer:
             InputError: the template refuses the conversation, takes too long or writes too much; a role is no word.
         """
         for message in messages:
-            if not (isinstance(message["content"], str) and ROLE.fullmatch(message["role"])):
+            if not (isinstance(message["content"], str) and ROLE.fullmatch(str(message["role"]))):
                 raise InputError(f"a message needs a role of one word and a text, not {str(dict(message))[:80]}")
         said = "".join(message["content"] for message in messages)
         edges = [edge for edge in self._edges if edge in said]
@@ -190,8 +190,15 @@ class ChatTokenizer:
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> Int32[np.ndarray, " tokens"]:
-        """Token ids of a conversation: those of ``apply_chat_template`` where no message holds special tokens."""
-        return self.encode(self.render(messages, add_generation_prompt))
+        """Token ids of a conversation: those of ``apply_chat_template`` where no message holds special tokens.
+
+        Raises:
+            InputError: as ``render``; nothing is left of the conversation.
+        """
+        ids = self.encode(self.render(messages, add_generation_prompt))
+        if not len(ids):
+            raise InputError(f"{self.where}: the chat template makes no tokens of a conversation")
+        return ids
 
     def save(self, folder: str | os.PathLike, pad_token: str | None) -> None:
         """Write the tokenizer so that transformers 4 and 5 read it, with the pad token and the date frozen."""
