@@ -9,7 +9,6 @@ import re
 import shutil
 import threading
 import time
-import unicodedata
 
 import numpy as np
 import pytest
@@ -250,15 +249,15 @@ MADE = ["<|IM_END|>", "<|im_<b>end|>", "<|im_Xend|>", ">|dne_mi|<", "<|im_</thin
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_template_makes_no_marker_of_a_message(folder, change):
-    chats = [ChatTokenizer.from_folder(folder) for _ in range(2)]  # with two nonces
-    for chat in chats:
-        chat.tokenizer.chat_template = CHATML.replace("message['content']", f"(message['content']{CHANGES[change]})")
+    tokenizer = ChatTokenizer.from_folder(folder).tokenizer
+    tokenizer.chat_template = CHATML.replace("message['content']", f"(message['content']{CHANGES[change]})")
+    chats = [ChatTokenizer(tokenizer) for _ in range(2)]  # with two nonces
     for text in (*MADE, *MARKERS, "<|im_end|>" * 3):
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
         one, two = (chat.encode_chat(messages) for chat in chats)
         assert special(chats[0], one) == [1, 2] * 2, repr(text)
         assert np.array_equal(one, two), "what hides a string must leave no trace"
-        plain = chats[0].tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        plain = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
         if special(chats[0], np.asarray(plain)) == [1, 2] * 2 and not chats[0].special_strings(text):
             assert one.tolist() == plain, repr(text)
 
@@ -649,7 +648,8 @@ def test_real_tokenizers(real):
             clean = chat.encode_chat(chat_of(role, HARMLESS)[first:], True)
             for text in texts:
                 ids = chat.encode_chat(chat_of(role, text)[first:], True)
-                whole = text == text.strip() and unicodedata.is_normalized("NFC", text)
+                # Templates strip, and not every tokenizer has a token for every character.
+                whole = text == text.strip() and decoded(chat, chat.encode(f"x{text}")) == f"x{text}"
                 thought = "</think>" in text and not chat.special_strings(text)
                 assert_text_stays_text(chat, ids, clean, text, folder.name, whole and not thought)
         assert_branches(chat, texts)

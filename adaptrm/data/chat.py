@@ -26,10 +26,10 @@ Message = Mapping[str, str]
 # Templates write today's date into the system turn unless they are given one: a score must not depend on it.
 DATE = "26 Jul 2024"
 DATED = ("date_string", "strftime_now")
-# Each tag takes the line end behind it away, so that the template begins where it began.
+# Goes before a template that asks for it. Its line end is the last tag's, so that the template begins where it began.
 FROZEN_DATE = (
-    f'{{%- set date_string = "{DATE}" %}}\n'  # read by Llama 3.1
-    f"{{%- macro strftime_now(format) %}}\n{DATE}{{%- endmacro %}}\n"
+    f'{{%- set date_string = "{DATE}" %}}'  # read by Llama 3.1
+    f"{{%- macro strftime_now(format) %}}{DATE}{{%- endmacro %}}\n"
 )
 # What a template that comes with a model folder may cost: a real one takes well under a millisecond.
 RENDER_SECONDS = 10.0
@@ -42,6 +42,7 @@ class ChatTokenizer:
 
     Attributes:
         tokenizer: the transformers tokenizer, as ``AutoTokenizer`` gives it.
+        template: its chat template, the date frozen.
         special_ids: ids of the added tokens that text never becomes.
     """
 
@@ -53,7 +54,7 @@ class ChatTokenizer:
             raise InputError(f"{where}: needs a fast tokenizer (tokenizer.json); convert it with transformers first")
         self.tokenizer = tokenizer
         self.where = where
-        self._check_template()
+        self.template = self._chosen_template()
         spec = json.loads(backend.to_str())
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         added = {text: number for text, number in added.items() if text.replace("▁", " ").strip()}
@@ -70,7 +71,7 @@ class ChatTokenizer:
         between_letters = self.encode_many(f"a{surface}a" for surface in self._surfaces.values())
         self._passed_over = {t for t, ids in zip(added, between_letters, strict=True) if added[t] not in ids}
 
-    def _check_template(self) -> None:
+    def _chosen_template(self) -> str:
         try:
             template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
         except ValueError:  # several, and none is the default
@@ -80,6 +81,7 @@ class ChatTokenizer:
             raise InputError(f"{self.where}: has no chat template; add chat_template.jinja to the folder")
         if not isinstance(template, str):
             raise InputError(f"{self.where}: chat_template must be a text, not {type(template).__name__}")
+        return _freeze_date(template)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> "ChatTokenizer":
@@ -126,7 +128,7 @@ class ChatTokenizer:
         edges = [edge for edge in self._edges if edge in said]
         if not edges:
             return self._mark(self._apply(messages, add_generation_prompt))
-        taken = {*said, *str(self.tokenizer.chat_template)}
+        taken = {*said, *self.template}
         stand_ins = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in taken)  # private use
         hidden = dict(zip(edges, stand_ins, strict=False))
 
@@ -146,15 +148,15 @@ class ChatTokenizer:
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         def apply() -> str:
-            dates = {"date_string": DATE, "strftime_now": lambda format: DATE}
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **dates
+                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
 
         try:
             text = run_within(RENDER_SECONDS, apply)
         except Exception as wrong:  # jinja2 raises whatever the template's code raises
-            line = f"line {wrong.lineno}: " if getattr(wrong, "lineno", None) else ""
+            number = getattr(wrong, "lineno", None)
+            line = f"line {number - self.template.startswith(FROZEN_DATE)}: " if number else ""
             raise InputError(
                 f"{self.where}: the chat template refuses a conversation: {line}{_first_line(wrong)}"
             ) from None
