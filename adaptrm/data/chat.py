@@ -3,8 +3,12 @@
 A string such as ``<|eot_id|>`` inside a message must stay text. So the tokenizer used here is a copy in which every
 added token is spelled with a nonce of this process: the template's own markers are respelled after rendering and are
 recognised, the same strings in a message are not, and everything else about the tokenizer stays as it is.
+
+Added tokens are markup whether or not the tokenizer calls them special (``<think>``, ``<tool_call>`` are not, and steer
+a model all the same). Those of blanks alone (GPT-NeoX has runs of spaces) are ordinary text.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -15,11 +19,22 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
+from adaptrm.data.time_limit import run_within
 from adaptrm.errors import InputError
 
 Message = Mapping[str, str]
-# Llama 3.1's template writes today's date into the system turn unless it is given one: a score must not depend on it.
+# Templates write today's date into the system turn unless they are given one: a score must not depend on it.
 DATE = "26 Jul 2024"
+DATED = ("date_string", "strftime_now")
+# Goes before a template that asks for it. Its line end is the last tag's, so that the template begins where it began.
+FROZEN_DATE = (
+    f'{{%- set date_string = "{DATE}" %}}'  # read by Llama 3.1
+    f"{{%- macro strftime_now(format) %}}{DATE}{{%- endmacro %}}\n"
+)
+# What a template that comes with a model folder may cost: a real one takes well under a millisecond.
+RENDER_SECONDS = 10.0
+MAX_ADDED_CHARACTERS = 1_000_000
+ROLE = re.compile(r"[\w-]+")
 
 
 class ChatTokenizer:
@@ -27,6 +42,8 @@ class ChatTokenizer:
 
     Attributes:
         tokenizer: the transformers tokenizer, as ``AutoTokenizer`` gives it.
+        template: its chat template, the date frozen.
+        special_ids: ids of the added tokens that text never becomes.
     """
 
     def __init__(self, tokenizer, where: str = "tokenizer"):
@@ -35,22 +52,36 @@ class ChatTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise InputError(f"{where}: needs a fast tokenizer (tokenizer.json); convert it with transformers first")
-        if not tokenizer.chat_template:
-            raise InputError(f"{where}: has no chat template; add chat_template.jinja to the folder")
         self.tokenizer = tokenizer
         self.where = where
-        nonce = secrets.token_hex(8)
+        self.template = self._chosen_template()
         spec = json.loads(backend.to_str())
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        added = {text: number for text, number in added.items() if text.replace("▁", " ").strip()}
         self.special_ids = frozenset(added.values())
-        self._surfaces = {text: f"\ue000{nonce}s{number}\ue001" for text, number in added.items()}
-        # Stands for the string in a message while the template renders, so that it is not taken for the template's.
-        self._masks = {text: f"\ue000{nonce}m{number}\ue001" for text, number in added.items()}
+        nonce = _unseen(secrets.randbits(64), 16)
+        self._surfaces = {text: nonce + _unseen(number, 8) for number, text in enumerate(added)}
         longest_first = sorted(added, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if added else re.compile(r"(?!)")
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # A message without any of these characters can be no part of an added token.
+        self._edges = sorted({text[i] for text in added for i in (0, -1)})
         self._guarded = Tokenizer.from_str(json.dumps(_respell(spec, self._surfaces)))
         self._guarded.no_truncation()
         self._guarded.no_padding()
+        between_letters = self.encode_many(f"a{surface}a" for surface in self._surfaces.values())
+        self._passed_over = {t for t, ids in zip(added, between_letters, strict=True) if added[t] not in ids}
+
+    def _chosen_template(self) -> str:
+        try:
+            template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+        except ValueError:  # several, and none is the default
+            names = ", ".join(sorted(self.tokenizer.chat_template))
+            raise InputError(f"{self.where}: has chat templates {names}; name one of them 'default'") from None
+        if not template:
+            raise InputError(f"{self.where}: has no chat template; add chat_template.jinja to the folder")
+        if not isinstance(template, str):
+            raise InputError(f"{self.where}: chat_template must be a text, not {type(template).__name__}")
+        return _freeze_date(template)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> "ChatTokenizer":
@@ -61,12 +92,17 @@ class ChatTokenizer:
         """
         from transformers import AutoTokenizer
 
-        if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        names = [
+            name for name in ("tokenizer.json", "vocab.json", "tokenizer.model") if (Path(folder) / name).is_file()
+        ]
+        if not names:
             raise InputError(f"{folder}: has no tokenizer.json; copy the tokenizer's files into the folder")
+        if names == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
+            raise InputError(f"{folder}: tokenizer.model alone needs sentencepiece; pip install sentencepiece protobuf")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as wrong:  # transformers raises many kinds for a broken tokenizer
-            raise InputError(f"{folder}: the tokenizer cannot be read: {str(wrong).splitlines()[0]}") from None
+            raise InputError(f"{folder}: the tokenizer cannot be read: {_first_line(wrong)}") from None
         return cls(tokenizer, str(folder))
 
     @property
@@ -77,28 +113,73 @@ class ChatTokenizer:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation by the chat template, special tokens respelled, ready for ``encode``.
 
+        Strings in a message that look like special tokens have their first and last characters hidden while the
+        template renders. Some templates change what they are given (lower-case it, cut pieces out), so a second
+        rendering hides every such character: where it has other markers, some were made of the messages, and it is
+        the one that counts.
+
         Raises:
-            InputError: the template refuses the conversation.
+            InputError: the template refuses the conversation, takes too long or writes too much; a role is no word.
         """
-        masked = [{"role": self._masked(m["role"]), "content": self._masked(m["content"])} for m in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                masked, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
+        for message in messages:
+            if not (isinstance(message["content"], str) and ROLE.fullmatch(str(message["role"]))):
+                raise InputError(f"a message needs a role of one word and a text, not {str(dict(message))[:80]}")
+        said = "".join(message["content"] for message in messages)
+        edges = [edge for edge in self._edges if edge in said]
+        if not edges:
+            return self._mark(self._apply(messages, add_generation_prompt))
+        taken = {*said, *self.template}
+        stand_ins = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in taken)  # private use
+        hidden = dict(zip(edges, stand_ins, strict=False))
+
+        def hide(text: str) -> str:
+            return _replace_all(text, hidden)
+
+        def hide_special(text: str) -> str:
+            return self._pattern.sub(lambda found: hide(found.group()), text)
+
+        text, careful = (
+            self._apply([{**m, "content": change(m["content"])} for m in messages], add_generation_prompt)
+            for change in (hide_special, hide)
+        )
+        if self._pattern.findall(text) != self._pattern.findall(careful):
+            text = careful
+        return _replace_all(self._mark(text), {stand_in: edge for edge, stand_in in hidden.items()})
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        def apply() -> str:
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
+
+        try:
+            text = run_within(RENDER_SECONDS, apply)
         except Exception as wrong:  # jinja2 raises whatever the template's code raises
-            reason = (str(wrong) or type(wrong).__name__).splitlines()[0]
-            raise InputError(f"{self.where}: the chat template refuses a conversation: {reason}") from None
-        text = self._pattern.sub(lambda found: self._surfaces[found.group()], text)
-        for special, mask in self._masks.items():
-            text = text.replace(mask, special)
+            number = getattr(wrong, "lineno", None)
+            line = f"line {number - self.template.startswith(FROZEN_DATE)}: " if number else ""
+            raise InputError(
+                f"{self.where}: the chat template refuses a conversation: {line}{_first_line(wrong)}"
+            ) from None
+        if len(text) > MAX_ADDED_CHARACTERS + 10 * sum(len(message["content"]) for message in messages):
+            raise InputError(f"{self.where}: the chat template writes {len(text)} characters for one conversation")
         return text
+
+    def _mark(self, text: str) -> str:
+        """Rendered text with the template's markers respelled."""
+
+        def respelled(found: re.Match[str]) -> str:
+            if found.group() in self._passed_over:
+                raise InputError(
+                    f"{self.where}: {found.group()!r} of the chat template is a token in some places only; "
+                    "set its single_word and normalized to false in tokenizer.json"
+                )
+            return self._surfaces[found.group()]
+
+        return self._pattern.sub(respelled, text)
 
     def special_strings(self, text: str) -> int:
         """How many strings of a text look like special tokens; spliced into something rendered they stay text."""
         return len(self._pattern.findall(text))
-
-    def _masked(self, text: str) -> str:
-        return self._pattern.sub(lambda found: self._masks[found.group()], text)
 
     def encode(self, rendered: str) -> Int32[np.ndarray, " tokens"]:
         """Token ids of rendered text; special tokens are those that the template wrote."""
@@ -111,17 +192,24 @@ class ChatTokenizer:
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> Int32[np.ndarray, " tokens"]:
-        """Token ids of a conversation: those of ``apply_chat_template`` where no message holds special tokens."""
-        return self.encode(self.render(messages, add_generation_prompt))
+        """Token ids of a conversation: those of ``apply_chat_template`` where no message holds special tokens.
+
+        Raises:
+            InputError: as ``render``; nothing is left of the conversation.
+        """
+        ids = self.encode(self.render(messages, add_generation_prompt))
+        if not len(ids):
+            raise InputError(f"{self.where}: the chat template makes no tokens of a conversation")
+        return ids
 
     def save(self, folder: str | os.PathLike, pad_token: str | None) -> None:
         """Write the tokenizer so that transformers 4 and 5 read it, with the pad token and the date frozen."""
         if pad_token is not None:
             self.tokenizer.pad_token = pad_token
         template = self.tokenizer.chat_template
-        frozen = f'{{%- set date_string = "{DATE}" %}}'
-        if "date_string" in template and not template.startswith(frozen):
-            self.tokenizer.chat_template = frozen + template
+        several = isinstance(template, dict)
+        frozen = {name: _freeze_date(text) for name, text in (template if several else {"": template}).items()}
+        self.tokenizer.chat_template = frozen if several else frozen[""]
         self.tokenizer.save_pretrained(folder)
         self.tokenizer.chat_template = template
         # transformers 5 names a class that transformers 4 does not have.
@@ -130,6 +218,26 @@ class ChatTokenizer:
         for name in ("backend", "is_local", "local_files_only", "auto_map"):
             settings.pop(name, None)
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _freeze_date(template: str) -> str:
+    dated = any(name in template for name in DATED) and not template.startswith(FROZEN_DATE)
+    return FROZEN_DATE + template if dated else template
+
+
+def _unseen(number: int, digits: int) -> str:
+    """A number in private-use characters, which no normaliser folds and no text holds by chance."""
+    return "".join(chr(0xE000 + int(digit, 16)) for digit in f"{number:0{digits}x}")
+
+
+def _replace_all(text: str, pairs: Mapping[str, str]) -> str:
+    for old, new in pairs.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _first_line(wrong: Exception) -> str:
+    return next((line.strip() for line in str(wrong).splitlines() if line.strip()), type(wrong).__name__)
 
 
 def _respell(spec: dict, surfaces: Mapping[str, str]) -> dict:
@@ -145,7 +253,7 @@ def _respell(spec: dict, surfaces: Mapping[str, str]) -> dict:
     if "merges" in model:  # a merge that builds a special token from text would be a way around
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [pair for pair in pairs if not {"".join(pair), *pair} & surfaces.keys()]
-    added = [token | {"content": surfaces[token["content"]]} for token in spec["added_tokens"]]
+    added = [token | {"content": surfaces.get(token["content"], token["content"])} for token in spec["added_tokens"]]
     return spec | {"model": model, "added_tokens": added, "post_processor": None}
 
 
