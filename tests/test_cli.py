@@ -202,8 +202,8 @@ def test_dotted_options():
 # DESIGN.md section 2: imports go one way. What stands in one line does not import each other.
 LAYERS = [
     ["errors", "progress", "prefix_tree"],
-    ["paths"],  # raises what errors defines
-    ["config"],  # reads through paths
+    ["paths", "yaml_text"],  # raise what errors defines
+    ["config"],  # reads through both
     ["attention", "parallel"],
     ["models"],
     ["hf", "data", "rules"],
