@@ -70,7 +70,7 @@ class RulePool:
         """Read the YAML form ``{name, version, rules: [{id, category, text, sign}]}``; see ``pool_file.py``."""
         found = read_rules(text, where)
         if found.errors:
-            raise InputError(f"{where}: {found.errors[0]}")
+            raise InputError(f"{where}: {found.errors[0].place}{found.errors[0].message}")
         return cls(found.name, found.version, tuple(found.rules))
 
     def to_yaml(self) -> str:

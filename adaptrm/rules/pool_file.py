@@ -16,7 +16,7 @@ class Finding:
     Attributes:
         kind: ``error`` where the pool cannot be loaded.
         line: of the file; None where it is about the whole pool.
-        rule: id of the rule it is about.
+        rule: id of the rule it is about, where that has one.
     """
 
     kind: str
@@ -24,10 +24,11 @@ class Finding:
     line: int | None = None
     rule: str | None = None
 
-    def __str__(self) -> str:
-        place = [f"line {self.line}"] if self.line is not None else []
-        place += [f"(rule {self.rule!r:.80})"] if self.rule is not None else []
-        return f"{' '.join(place)}: {self.message}" if place else self.message
+    @property
+    def place(self) -> str:
+        """What an error message says before its text."""
+        rule = "" if self.rule is None else f" (rule {self.rule!r:.80})"
+        return "" if self.line is None else f"line {self.line}{rule}: "
 
 
 @dataclass
