@@ -23,8 +23,8 @@ class LinedList(list):
 def read_yaml(text: str | bytes, where: str) -> Any:
     """The one document of a text; sequences come as ``LinedList``.
 
-    Anchors, aliases, tags, merge keys, keys that come twice and deep nesting are refused: they let a small text grow
-    without bound, say what to build, or hide what holds, and no file of ours needs them.
+    Anchors, aliases, tags, keys that come twice and deep nesting are refused: they let a small text grow without
+    bound, say what to build, or hide what holds, and no file of ours needs them.
 
     Args:
         where: names the text in errors.
@@ -72,7 +72,7 @@ class _PlainLoader(yaml.SafeLoader):
             raise _refused(event, f"&{event.anchor} and *{event.anchor} are not allowed; write the value out")
         if getattr(event, "tag", None) is not None:
             shown = event.tag.replace("tag:yaml.org,2002:", "!!")
-            raise _refused(event, f"the tag {shown} is not allowed; delete it, or put the text in quotes")
+            raise _refused(event, f"the tag {shown!r:.60} is not allowed; delete it, or put the text in quotes")
         if self.depth == MAX_DEPTH:
             raise _refused(event, f"nested deeper than {MAX_DEPTH} levels")
         self.depth += 1

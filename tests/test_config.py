@@ -222,7 +222,7 @@ def test_a_resolved_config_gives_the_same_options_again(section, verb):
 def test_tags_of_yaml_run_nothing(write, tmp_path, value):
     mark = tmp_path / "mark"
     config = write(f"reward: {{seed: {value.format(mark=mark)}}}")
-    assert "line 1: not valid YAML: the tag !" in refused(load_options, config, "reward")
+    assert "line 1: not valid YAML: the tag '!" in refused(load_options, config, "reward")
     assert not mark.exists()
 
 

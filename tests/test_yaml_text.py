@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from adaptrm.errors import InputError
+from adaptrm.train.run import open_run
 from adaptrm.yaml_text import MAX_DEPTH, read_yaml
 
 
@@ -12,11 +13,16 @@ from adaptrm.yaml_text import MAX_DEPTH, read_yaml
     [
         ("a: &x [1]\nb: *x", 1, "&x and *x are not allowed; write the value out"),
         ("a: 1\nb: *x", 2, "&x and *x are not allowed; write the value out"),
-        ("a: !!python/object/apply:os.getcwd []", 1, "the tag !!python/object/apply:os.getcwd is not allowed; delete"),
-        ("a:\n- !!binary aGk=", 2, "the tag !!binary is not allowed; delete it, or put the text in quotes"),
-        ("a: !!str 5", 1, "the tag !!str is not allowed"),
-        ("a: !own x", 1, "the tag !own is not allowed"),
-        ("! a", 1, "the tag ! is not allowed"),
+        (
+            "a: !!python/object/apply:os.getcwd []",
+            1,
+            "the tag '!!python/object/apply:os.getcwd' is not allowed; delete",
+        ),
+        ("a:\n- !!binary aGk=", 2, "the tag '!!binary' is not allowed; delete it, or put the text in quotes"),
+        ("a: !!str 5", 1, "the tag '!!str' is not allowed"),
+        ("a: !own x", 1, "the tag '!own' is not allowed"),
+        ("a: !b%0ac d", 1, "the tag '!b\\nc' is not allowed"),
+        ("! a", 1, "the tag '!' is not allowed"),
         ("a: 1\nb: 2\na: 3", 3, "the key 'a' comes twice; delete one"),
         ("a: {b: 1,\n b: 1}", 2, "the key 'b' comes twice; delete one"),
         ("? [a]\n: b", 1, "a key must be one value; put text in quotes"),
@@ -52,3 +58,16 @@ def test_yaml_is_read_as_ever_where_it_is_plain():
     assert read_yaml("", "here") is None
     deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert yaml.safe_load(deep) == read_yaml(deep, "here")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b"reward: &a {}", b"reward: !!python/name:os.system ''", b"\xff", b"reward: [", b"reward: 1", b"a: {}", b""],
+)
+def test_the_config_of_a_run_folder_is_read_as_safely(tmp_path, config):
+    (tmp_path / "config.yaml").write_bytes(config)
+    with pytest.raises(InputError) as wrong:
+        open_run(tmp_path)
+    assert (
+        str(wrong.value) == f"{tmp_path}/config.yaml: not the config of a run; delete the folder, or give another one"
+    )

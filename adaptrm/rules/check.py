@@ -16,8 +16,8 @@ from adaptrm.rules.pool import RulePool, read_text
 from adaptrm.rules.pool_file import Finding, read_rules
 from adaptrm.rules.rule import BEGINNING, Rule
 
-# Cosine of two rules. The closest different rules: .42 in safety-100, .52 in safety-24, .64 in a pool of short rules
-# about advice; of 26 rules of safety-100 with a word or two changed, 24 reach .73 or more with their original.
+# Cosine of two rules. The closest different rules: .43 in safety-100, .52 in safety-24, .64 in a pool of short rules
+# about advice; of 26 rules of safety-100 with a word or two changed, 24 reach .72 or more with their original.
 NEAR = 0.7
 WORDS = (4, 25)  # "The response" included; a statement of other length is vague, or several statements
 UNBALANCED = 3  # times the median number of rules a category, or one in so many
