@@ -19,6 +19,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Label preference pairs by the safety rules that tell the two responses apart, train reward models on them.",
 )
+rules_app = typer.Typer(no_args_is_help=True)
+app.add_typer(rules_app, name="rules", help="Look after rule pools.")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -172,6 +174,30 @@ def export(
 
     verified = export_run(run, out, verify)
     show({"export": out} | ({"verified_by": verified} if verify else {}), as_json)
+
+
+@rules_app.command()
+def check(
+    pool: Annotated[str, typer.Argument(help="Rule pool: a name or a YAML file.")],
+    as_json: Json = False,
+) -> None:
+    """Find what is wrong with a rule pool, and what a careful reader would change.
+
+    Errors keep a pool from being loaded (exit code 2). Everything else is advice (exit code 0): near-duplicates,
+    comparatives, negations that confuse, two statements in one, odd lengths, unbalanced categories.
+    """
+    from adaptrm.rules.check import check_pool
+
+    result = check_pool(pool)
+    findings, result["findings"] = result["findings"], len(result["findings"]) - result["errors"]
+    if as_json:
+        result["findings"] = [vars(finding) for finding in findings]
+    else:
+        for finding in findings:
+            print(f"{pool}: {finding.place}{finding.kind}: {finding.message}")
+    show(result, as_json)
+    if result["errors"]:
+        raise InputError(f"{pool}: cannot be loaded, errors: {result['errors']}; each is listed with its line")
 
 
 def dotted(args: list[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from adaptrm import paths
 from adaptrm.errors import InputError
+from adaptrm.yaml_text import read_yaml
 
 STRICT = ConfigDict(extra="forbid")
 VERBS = ("judge", "reward")
@@ -126,7 +127,7 @@ def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, A
             target = target[name]
             if not isinstance(target, dict):
                 raise InputError(f"--{key}: {name} is one value, it has no parts")
-        target[last] = _yaml(value, f"--{key}") if isinstance(value, str) and key not in TEXTS else value
+        target[last] = read_yaml(value, f"--{key}") if isinstance(value, str) and key not in TEXTS else value
     return parse_options(section, f"{where}: {verb}")
 
 
@@ -168,16 +169,6 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def _yaml(text: str | bytes, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as wrong:
-        mark = getattr(wrong, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(wrong, "problem", None) or str(wrong).splitlines()[0]
-        raise InputError(f"{where}{line}: not valid YAML: {reason}") from None
-
-
 def _read(config: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     named = config_folder() / f"{config}.yaml"
     if "/" not in str(config) and named.is_file():
@@ -187,7 +178,7 @@ def _read(config: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     else:
         known = ", ".join(sorted(p.stem for p in config_folder().glob("*.yaml")))
         raise InputError(f"{config}: no such config; give a YAML file or one of: {known}")
-    raw = _yaml(text, where)
+    raw = read_yaml(text, where)
     if not isinstance(raw, dict) or not all(isinstance(v, dict | None) for v in raw.values()):
         raise InputError(f"{where}: a config has one section a verb ({', '.join(VERBS)})")
     return where, raw

@@ -35,12 +35,15 @@ import adaptrm
 from adaptrm.cli import app
 command = typer.main.get_command(app)
 pages = {}
-for verb in (None, *command.commands):
+verbs = [[]]
+for name, verb in command.commands.items():
+    verbs += [[name], *([name, inner] for inner in getattr(verb, "commands", []))]
+for verb in verbs:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        app([*filter(None, [verb]), "--help"], standalone_mode=False)
+        app([*verb, "--help"], standalone_mode=False)
     loaded = [name for name in sys.argv[1].split(",") if name in sys.modules]
-    pages[verb or ""] = [text.getvalue(), loaded]
+    pages[" ".join(verb)] = [text.getvalue(), loaded]
 print(json.dumps(pages))
 """
 
@@ -58,14 +61,19 @@ def test_help_loads_nothing_heavy(help_pages):
 
 def test_every_verb_explains_itself(help_pages):
     verbs = set(help_pages) - {""}
-    assert {"demo", "score", "label", "train", "evaluate", "export"} <= verbs
+    assert {"demo", "score", "label", "train", "evaluate", "export", "rules", "rules check"} <= verbs
+    groups = {verb.rpartition(" ")[0] for verb in verbs} - {""}
     for verb in verbs:
-        assert f" {verb} " in help_pages[""][0]
-        assert "Usage: " in help_pages[verb][0] and "--json" in help_pages[verb][0]
+        group, _, name = verb.rpartition(" ")
+        assert f" {name} " in help_pages[group][0]
+        assert "Usage: " in help_pages[verb][0] and ("--json" in help_pages[verb][0] or verb in groups)
     # Every option of every verb has a text beside it.
     import typer
 
-    for name, command in typer.main.get_command(cli.app).commands.items():
+    commands = dict(typer.main.get_command(cli.app).commands)
+    for group in groups:
+        commands |= {f"{group} {name}": verb for name, verb in commands[group].commands.items()}
+    for name, command in commands.items():
         assert command.help
         bare = [p.name for p in command.params if not (getattr(p, "help", None) or p.name == "help")]
         assert not bare, f"{name}: {bare} have no help"
@@ -117,6 +125,8 @@ EVALUATE = ("evaluate", "--data", "{0}/pairs.jsonl", "--out", "{0}/out.json")
         ((*SCORE, "--judge", "{0}/empty", "--pairs", "{0}/pairs.jsonl"), "{0}/empty: no config.json here"),
         ((*EVALUATE, "{0}/none"), "{0}/none: this folder does not exist"),
         ((*EVALUATE, "{0}/empty"), "{0}/empty: no config.json here"),
+        (("rules", "check", "{0}/none"), "{0}/none: no such rule pool; give a YAML file or one of: "),
+        (("rules", "check", "{0}/bad.yaml"), "{0}/bad.yaml: a rule pool has name, version and a list of rules"),
         (("label", "--scores", "{0}/none", "--out", "{0}/labels.jsonl"), "{0}/none: no manifest.json"),
         (("export", "{0}/none", "{0}/out"), "{0}/none: no config.yaml; this is not a run folder"),
     ],
@@ -202,8 +212,8 @@ def test_dotted_options():
 # DESIGN.md section 2: imports go one way. What stands in one line does not import each other.
 LAYERS = [
     ["errors", "progress", "prefix_tree"],
-    ["paths"],  # raises what errors defines
-    ["config"],  # reads through paths
+    ["paths", "yaml_text"],  # raise what errors defines
+    ["config"],  # reads through both
     ["attention", "parallel"],
     ["models"],
     ["hf", "data", "rules"],

@@ -1,4 +1,4 @@
-"""Rule pools, score folders, the label verb on a case worked by hand, and label files read back."""
+"""Score folders, the label verb on a case worked by hand, and label files read back."""
 
 import hashlib
 import json
@@ -17,7 +17,6 @@ from adaptrm.data.preferences import Pair
 from adaptrm.data.scores import COLUMNS, Scores, part_name, read_parts, write_manifest, write_part
 from adaptrm.errors import InputError
 from adaptrm.label import LabelJob, label
-from adaptrm.rules import RulePool
 
 RULES = ["kind", "safe", "calm"]
 PREFERRED = ["a", "a", "b", None]
@@ -78,56 +77,6 @@ def folder(tmp_path):
         return LabelJob(**({"scores": str(where), "out": str(tmp_path / "labels.jsonl"), "k": 2} | options))
 
     return write
-
-
-POOL = "name: n\nversion: 1\nrules:\n- {id: a, category: c, text: The response is kind.}\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("rules: [", ", line 1: not valid YAML"),
-        (POOL + "  - bad", ", line 5: not valid YAML"),
-        ("rules: \x00", ": not valid YAML"),
-        ("rules: !!python/object/apply:os.getcwd []", ", line 1: not valid YAML"),
-        ("[]", ": a rule pool has name, version and a list of rules"),
-        ("name: n\nrules: []", ": a rule pool has name, version and a list of rules"),
-        ("rules: {a: b}", ": a rule pool has name, version and a list of rules"),
-        (POOL + "- text", ": rule 2: must have id, category and text"),
-        (POOL + "- {id: b, text: T., sing: -1}", ": rule 2: unknown field 'sing'; known: id, category, text, sign"),
-        (POOL + "- {text: T.}", ": rule 2: id is missing or no text"),
-        (POOL + "- {id: b}", ": rule 2: text is missing or no text"),
-        (POOL + "- {id: b, text: ' '}", ": rule 2: text is missing or no text"),
-        (POOL + "- {id: 5, text: T.}", ": rule 2: id is missing or no text"),
-        (POOL + "- {id: b, text: T., sign: 0}", ": rule 2 (b): sign must be 1 or -1"),
-        (POOL + "- {id: a, text: T.}", ": two rules have the id 'a'"),
-        (POOL + "- {id: b, text: The response is kind.}", ": two rules have the text"),
-    ],
-)
-def test_wrong_rule_pools_name_file_and_rule(tmp_path, text, message):
-    file = tmp_path / "pool.yaml"
-    file.write_text(text)
-    assert refused(RulePool.load, file).startswith(f"{file}{message}")
-
-
-def test_an_absent_pool_is_an_error(tmp_path):
-    assert refused(RulePool.load, "safty-100").startswith("safty-100: no such rule pool; give a YAML file or one of")
-    assert "no such rule pool" in refused(RulePool.load, tmp_path / "none.yaml")
-    assert "is a folder" in refused(RulePool.load, tmp_path)
-
-
-def test_a_pool_is_read_as_written_and_hashed_by_what_is_asked(tmp_path):
-    pool = RulePool.parse(POOL + "- {id: b, category: d, text: The response harms., sign: -1}", "here")
-    assert (pool.name, pool.version, len(pool), pool.ids) == ("n", "1", 2, ("a", "b"))
-    assert (pool[1].category, pool[1].text, pool[1].sign, pool[0].sign) == ("d", "The response harms.", -1, 1)
-    assert RulePool.parse(pool.to_yaml(), "there") == pool
-    assert pool.index(["b", "a"], "here") == [1, 0]
-    assert "rule 'c' is not in pool n" in refused(pool.index, ["a", "c"], "here")
-    changed = [replace(pool[0], **{name: "other"}) for name in ("id", "text")] + [replace(pool[0], sign=-1)]
-    hashes = {replace(pool, rules=(rule, pool[1])).hash for rule in changed} | {pool.hash}
-    assert len(hashes | {replace(pool, rules=pool.rules[::-1]).hash}) == 5
-    same = replace(pool, name="m", version="2", rules=(replace(pool[0], category="x"), pool[1]))
-    assert same.hash == pool.hash  # the judge is asked the same
 
 
 def test_score_folders_give_back_what_was_written(folder):

@@ -1,5 +1,6 @@
 """Rule pools."""
 
-from adaptrm.rules.pool import Rule, RulePool
+from adaptrm.rules.pool import RulePool
+from adaptrm.rules.rule import Rule
 
 __all__ = ["Rule", "RulePool"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -29,6 +28,7 @@ from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.save import save_model
 from adaptrm.train.state import init_params, init_state, param_shardings
 from adaptrm.train.step import Kind, make_step
+from adaptrm.yaml_text import read_yaml
 
 MODEL_TYPES = {"judge": CausalLM, "reward": SequenceClassifier}
 EXAMPLES = "examples.sha256"
@@ -96,7 +96,7 @@ def _check_claim(out: Path, kind: Kind, options: TrainOptions) -> None:
     if not file.exists():
         return
     stored_kind, stored = _read_run(file)
-    mine = yaml.safe_load(to_yaml(kind, options))[kind]
+    mine = read_yaml(to_yaml(kind, options), "options")[kind]
     if stored_kind != kind:
         raise InputError(f"{out}: holds a run of train {stored_kind}; give another --out")
     for key, value in mine.items():
@@ -116,11 +116,11 @@ def _check_examples(out: Path, examples: str) -> None:
 def _read_run(file: Path) -> tuple[Kind, dict[str, Any]]:
     """Kind and section of a run's config.yaml."""
     try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        stored = read_yaml(file.read_bytes(), str(file))
         ((kind, section),) = stored.items()
         if kind not in MODEL_TYPES or not isinstance(section, dict):
             raise ValueError(kind)
-    except (yaml.YAMLError, AttributeError, ValueError, OSError):
+    except (AttributeError, ValueError, OSError):  # InputError is a ValueError
         raise InputError(f"{file}: not the config of a run; delete the folder, or give another one") from None
     return kind, section
 
