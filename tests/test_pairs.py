@@ -197,7 +197,7 @@ def test_wrong_canonical_rows_name_the_line(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "needs response_a and response_b, or chosen and rejected; has nothing"),
+        ({}, "needs response_a and response_b, or chosen and rejected, or chosen_list and rejected_list; has nothing"),
         ({"prompt": "p", "response_a": "a"}, "has prompt, response_a"),
         (5, "must be an object"),
         ({"chosen": "no dialogue", "rejected": "none"}, "prompt is missing"),
@@ -213,7 +213,7 @@ def test_wrong_canonical_rows_name_the_line(tmp_path, change, message):
         ({"prompt": "p", "chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}, "chosen must hold messages"),
         (
             {"prompt": "other", "chosen": [USER, says("assistant", "a")], "rejected": [USER, says("assistant", "b")]},
-            "last message alone",
+            "prompt is not what chosen and rejected begin with",
         ),
         ({"prompt": "p", "chosen_list": "abc", "rejected_list": ["b"]}, "chosen_list and rejected_list must be lists"),
         ({"prompt": "p", "chosen_list": None, "rejected_list": ["b"]}, "chosen_list and rejected_list must be lists"),

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from adaptrm import paths
-from adaptrm.data.preferences import Pair, check_messages, check_prompt, check_reply, check_response, hash_id, read_rows
+from adaptrm.data.preferences import Pair, check_prompt, check_reply, check_response, hash_id
+from adaptrm.data.rows import read_rows
 from adaptrm.errors import InputError
 
 
@@ -89,7 +90,7 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
         at = f"{path}: {where}"
         if row.get("id") is None or not {"prompt", "chosen", "rejected"} <= row.keys():
             raise InputError(f"{at}: needs id, prompt, chosen, rejected; make label files with adaptrm label")
-        sides = [check_response(_last_text(row[side], side, at), side, at) for side in ("chosen", "rejected")]
+        sides = [check_reply(row[side], side, at) for side in ("chosen", "rejected")]
         key = hash_id(check_response(str(row["id"]), "id", at))
         if key in seen:
             raise InputError(f"{at}: the id {row['id']!r} is repeated; a pair has one label")
@@ -102,13 +103,6 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
             raise InputError(f"{at}: rules must be a list of ids, rule_margin a number")
         rules = tuple(map(str, rules))
         yield Label(str(row["id"]), check_prompt(row["prompt"], at), *sides, rules, float(margin), float(probability))
-
-
-def _last_text(value, name: str, where: str):
-    """The response itself, out of TRL's message list."""
-    if not isinstance(value, list) or not value:
-        return value
-    return check_reply(check_messages(value, name, where), name, where)
 
 
 class LabelIndex:
