@@ -10,7 +10,7 @@ import numpy as np
 
 from adaptrm import paths
 from adaptrm.data.preferences import Pair, check_prompt, check_reply, check_response, hash_id
-from adaptrm.data.rows import read_rows
+from adaptrm.data.rows import BadRows, Row, read_rows
 from adaptrm.errors import InputError
 
 
@@ -151,18 +151,27 @@ class RuleLabel:
     labels: Mapping[str, bool | None]
 
 
-def read_rule_labels(path: str | os.PathLike) -> Iterator[RuleLabel]:
+def read_rule_labels(path: str | os.PathLike, bad: BadRows | None = None) -> Iterator[RuleLabel]:
     """Stream a rule-label file ``{id, prompt, response, labels: {rule_id: true|false|null}}``.
 
     Raises:
-        InputError: a row is not one; names the line.
+        InputError: a row is not one, and ``bad`` (by default always) raises; names the line.
     """
     if str(path).endswith(".parquet"):  # its columns are the same in every row: an absent rule would read as null
         raise InputError(f"{path}: rule labels are JSONL; Parquet cannot tell an absent rule from null")
-    for where, row in read_rows(path):
-        at = f"{path}: {where}"
-        labels = row.get("labels")
-        if not isinstance(labels, Mapping) or not all(value in (True, False, None) for value in labels.values()):
-            raise InputError(f"{at}: labels must map rule ids to true, false or null")
-        prompt, response = check_prompt(row.get("prompt"), at), check_response(row.get("response"), "response", at)
-        yield RuleLabel(str(row.get("id", where)), prompt, response, dict(labels))
+    bad = bad or BadRows()
+    for where, row in read_rows(path, bad):
+        try:
+            label = _rule_label(row, where, f"{path}: {where}")
+        except InputError as wrong:
+            bad(wrong)
+        else:
+            yield label
+
+
+def _rule_label(row: Row, where: str, at: str) -> RuleLabel:
+    labels = row.get("labels")
+    if not isinstance(labels, Mapping) or not all(value in (True, False, None) for value in labels.values()):
+        raise InputError(f"{at}: labels must map rule ids to true, false or null")
+    prompt, response = check_prompt(row.get("prompt"), at), check_response(row.get("response"), "response", at)
+    return RuleLabel(str(row.get("id", where)), prompt, response, dict(labels))

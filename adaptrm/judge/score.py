@@ -1,7 +1,7 @@
 """``adaptrm score``: pairs through a judge into a score folder, part by part, resuming by whole parts."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,10 +13,13 @@ import numpy as np
 import adaptrm
 from adaptrm import paths
 from adaptrm.data.preferences import Pair, read_pairs
+from adaptrm.data.rows import BadRows, OnBadRow, source_hash
 from adaptrm.data.scores import Scores, part_name, read_part, write_manifest, write_part
+from adaptrm.data.truncation import Truncation
 from adaptrm.errors import InputError
 from adaptrm.hf.load import resolve_model
 from adaptrm.judge.language_model import Judge
+from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.prefix_tree import choose_row_length
 from adaptrm.progress import progress
 from adaptrm.rules import RulePool
@@ -26,7 +29,12 @@ LOW_MASS = 0.1  # below it the judge was mostly about to say something else than
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What ``adaptrm score`` is asked for."""
+    """What ``adaptrm score`` is asked for.
+
+    Attributes:
+        on_bad_row: ``skip`` lists rows that are no pairs and leaves them out.
+        truncate_to: tokens of a question, to which longer ones are cut from the left; None cuts nothing, ever.
+    """
 
     pairs: str
     model: str
@@ -35,10 +43,12 @@ class ScoreJob:
     template: str = "conversation-first"
     dtype: str = "float32"
     part_size: int = 256
+    on_bad_row: OnBadRow = "fail"
+    truncate_to: int | None = None
 
-    def parts(self) -> Iterator[list[Pair]]:
+    def parts(self, bad: BadRows, cut: Truncation) -> Iterator[list[Pair]]:
         """Runs of ``part_size`` pairs."""
-        stream = read_pairs(self.pairs)
+        stream = map(cut, read_pairs(self.pairs, bad))
         while part := list(islice(stream, self.part_size)):
             yield part
 
@@ -47,14 +57,16 @@ def score(job: ScoreJob) -> dict[str, Any]:
     """Score all pairs; what an earlier run finished stays.
 
     Returns:
-        Pairs, rules, mean label mass, share of rows with little of it, special-token strings kept as text.
+        Pairs, bad rows that were skipped, pairs that were truncated, rules, mean label mass, share of rows with
+        little of it, special-token strings kept as text.
 
     Raises:
         InputError: an input cannot be used, or the folder holds scores of something else.
     """
     with paths.hold(job.out):
         pool = RulePool.load(job.rules)
-        count = sum(1 for _ in read_pairs(job.pairs))  # every row is checked before the judge is loaded
+        bad = BadRows(job.on_bad_row)
+        count = sum(1 for _ in read_pairs(job.pairs, bad))  # every row is checked before the judge is loaded
         if not count:
             raise InputError(f"{job.pairs}: holds no pairs")
         model = resolve_model(job.model)
@@ -62,9 +74,10 @@ def score(job: ScoreJob) -> dict[str, Any]:
         parts = -(-count // job.part_size)
         write_manifest(job.out, _manifest(job, judge, model, count, parts))
         done = set(paths.names(job.out))
+        cut = Truncation(question_length(judge.prompt), job.truncate_to)
         masses, low, special = [], 0, 0
         with progress("score", "pairs", count) as shown:
-            for number, pairs in enumerate(job.parts()):
+            for number, pairs in enumerate(job.parts(BadRows(job.on_bad_row, listed=False), cut)):
                 if part_name(number) in done:
                     scores = read_part(paths.join(job.out, part_name(number)), list(pool.ids))
                     if scores.ids != [pair.id for pair in pairs]:
@@ -82,12 +95,26 @@ def score(job: ScoreJob) -> dict[str, Any]:
     return {
         "scores": str(job.out),
         "pairs": count,
+        "skipped_rows": bad.count,
+        "truncated": cut.count,
         "rules": len(pool),
         "parts": parts,
         "label_mass": sum(m * n for m, n in masses) / count,
         "low_mass_share": low / (2 * count * len(pool)),
         "special_tokens_kept_as_text": special,
     }
+
+
+def question_length(prompt: JudgePrompt) -> Callable[[Pair], int]:
+    """Tokens of the longest question about a pair: the longer response, the longest rule."""
+    short = ({"role": "user", "content": "Hello."},), "Hello."
+    longest = max(range(len(prompt.pool)), key=lambda rule: len(prompt.chat.encode(prompt.text(*short, rule))))
+
+    def length(pair: Pair) -> int:
+        texts = (prompt.text(pair.prompt, response, longest) for response in (pair.response_a, pair.response_b))
+        return max(map(len, prompt.chat.encode_many(texts)))
+
+    return length
 
 
 def _check_finite(scores: Scores, job: ScoreJob) -> None:
@@ -105,7 +132,8 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     count = tokens = computed = separate = 0
     shapes: dict[int, int] = {}
     sample = []
-    for pairs in job.parts():
+    bad, cut = BadRows(job.on_bad_row), Truncation(question_length(judge.prompt), job.truncate_to)
+    for pairs in job.parts(bad, cut):
         trees, _ = judge.trees(pairs)
         sample = sample or trees
         row_length, rows = choose_row_length([len(tree) for tree in trees], at_once)
@@ -126,6 +154,8 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     rate = -(-len(rows) // at_once) * at_once * row_length / seconds
     return {
         "pairs": count,
+        "skipped_rows": bad.count,
+        "truncated": cut.count,
         "rules": len(pool),
         "tokens": tokens,
         "tokens_one_sequence_a_rule": separate,
@@ -140,7 +170,9 @@ def _manifest(job: ScoreJob, judge: Judge, model: Path, count: int, parts: int) 
     prompt = judge.prompt
     return {
         "pairs": job.pairs,
-        "pairs_sha256": paths.sha256(job.pairs),
+        "pairs_sha256": source_hash(job.pairs),
+        "on_bad_row": job.on_bad_row,
+        "truncate_to": job.truncate_to,
         "count": count,
         "part_size": job.part_size,
         "parts": parts,
