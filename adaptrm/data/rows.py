@@ -119,7 +119,8 @@ def _parse(line: bytes) -> tuple[Any, str | None]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as wrong:
-        return None, f"not valid JSON: {wrong}{mend}"
+        place = isinstance(wrong, json.JSONDecodeError)
+        return None, f"not valid JSON: {f'{wrong.msg} at column {wrong.pos + 1}' if place else wrong}{mend}"
     return row, None if isinstance(row, dict) else f"must be a JSON object, is {type(row).__name__}{mend}"
 
 
