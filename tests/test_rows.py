@@ -1,10 +1,12 @@
-"""Where rows come from, files, ``datasets`` sets and the hub, and what becomes of the bad ones in every verb."""
+"""Where rows come from: files, ``datasets`` sets and the hub, and what becomes of the bad ones in every verb."""
 
 import gzip
 import json
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
@@ -25,6 +27,10 @@ from adaptrm.reward_model import RewardModel
 from adaptrm.train.examples import judge_examples, reward_examples
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(3)]
+
+
+def lines(rows) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def refused(source, **options) -> str:
@@ -133,21 +139,21 @@ def test_without_the_package_files_are_read_and_names_are_refused(monkeypatch, t
 
 
 GOOD = {"id": "g", "prompt": "p", "response_a": "a", "response_b": "b"}
+CANONICAL = [GOOD | {"id": f"c{i}"} for i in range(3)]
 BAD_LINES = [
     b'{"id": \n',
     b"[1]\n",
     b'{"id": "\xff"}\n',
-    json.dumps(GOOD).encode() + b"\n",  # repeats the id
-    json.dumps(GOOD | {"id": "x", "response_a": " "}).encode() + b"\n",
-    json.dumps({"id": "y", "prompt": "p", "chosen": "a", "rejected": "b"}).encode() + b"\n",  # another form
-    json.dumps({"id": "z"}).encode() + b"\n",
+    lines([GOOD]),  # repeats the id
+    lines([GOOD | {"id": "x", "response_a": " "}]),
+    lines([{"id": "y", "prompt": "p", "chosen": "a", "rejected": "b"}]),  # another form
+    lines([{"id": "z"}]),
 ]
 
 
 def test_bad_rows_are_skipped_listed_and_counted(tmp_path, capsys):
     file = tmp_path / "pairs.jsonl.gz"
-    last = json.dumps(GOOD | {"id": "last"}).encode() + b"\n"
-    file.write_bytes(gzip.compress(BAD_LINES[0] + json.dumps(GOOD).encode() + b"\n" + b"".join(BAD_LINES) + last))
+    file.write_bytes(gzip.compress(b"".join([BAD_LINES[0], lines([GOOD]), *BAD_LINES, lines([GOOD | {"id": "last"}])])))
     bad = BadRows("skip")
     assert [pair.id for pair in read_pairs(file, bad)] == ["g", "last"]
     listed = capsys.readouterr().err.splitlines()
@@ -179,7 +185,7 @@ def test_rows_of_two_forms_name_both():
 
 def test_a_file_that_is_not_whole_is_no_bad_row(tmp_path):
     file = tmp_path / "pairs.jsonl.gz"
-    whole = gzip.compress(b"".join(json.dumps(GOOD | {"id": str(i)}).encode() + b"\n" for i in range(999)))
+    whole = gzip.compress(lines(GOOD | {"id": str(i)} for i in range(999)))
     file.write_bytes(whole[:-30])
     assert refused(file, on_bad_row="skip").startswith(f"{file}: not a whole gzip file")
     assert "does not exist" in refused(tmp_path / "none.jsonl", on_bad_row="skip")
@@ -198,6 +204,57 @@ def test_a_stream_is_read_row_by_row():
 
     stream = rows_of(rows(), BadRows())
     assert [where for where, _ in (next(stream) for _ in ROWS)] == ["row 0", "row 1", "row 2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"id": "x", \n', "not valid JSON"),
+        (b"[1, 2]\n", "must be a JSON object, is list"),
+        (b'"text"\n', "must be a JSON object, is str"),
+        (b"[" * 100_000, "not valid JSON"),
+        ('{"id": "é"}'.encode("latin-1"), "not valid JSON"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, text, message):
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes(lines(CANONICAL) + b"\n" + text)
+    found = refused(file)
+    assert found.startswith(f"{file}: line 5: ") and message in found
+
+
+@pytest.mark.parametrize("kind", ["cut short", "broken", "wrong checksum", "not packed"])
+def test_a_gzip_file_that_is_not_whole(tmp_path, kind):
+    whole = gzip.compress(lines(CANONICAL))
+    data = {
+        "cut short": whole[: len(whole) // 2],
+        "broken": whole[:10] + b"\x07" + whole[11:],  # a block of a type that there is not
+        "wrong checksum": whole[:-8] + b"\0\0\0\0" + whole[-4:],
+        "not packed": lines(CANONICAL),
+    }[kind]
+    file = tmp_path / "pairs.jsonl.gz"
+    file.write_bytes(data)
+    assert refused(file).startswith(f"{file}: not a whole gzip file: ")
+
+
+@pytest.mark.parametrize("place", [-50, 100, 10, 0])
+def test_a_parquet_file_that_is_not_whole(tmp_path, place):
+    file = tmp_path / "pairs.parquet"
+    pq.write_table(pa.Table.from_pylist([GOOD | {"id": str(i)} for i in range(2000)]), file)
+    data = bytearray(file.read_bytes())
+    if place < 0:
+        del data[place:]
+    elif place == 0:
+        data.clear()
+    else:
+        data[place : place + 8] = bytes(byte ^ 255 for byte in data[place : place + 8])
+    file.write_bytes(data)
+    assert refused(file).startswith(f"{file}: not a whole Parquet file: ")
+
+
+def test_an_absent_file_and_a_folder(tmp_path):
+    assert refused(tmp_path / "none.jsonl") == f"{tmp_path}/none.jsonl: does not exist; check the path"
+    assert "is a folder, not a file" in refused(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,9 @@ def truncated(pair: Pair, length: Callable[[Pair], int], limit: int) -> Pair:
     """
     if length(pair) <= limit:
         return pair
-    fits, over = _characters(pair), 0  # how many characters to cut: enough, and too few
+    # How many characters to cut: enough (all of them, which leaves the last ones), and too few.
+    fits = sum(len(message["content"]) for message in pair.prompt) + max(len(pair.response_a), len(pair.response_b))
+    over = 0
     if (least := length(_cut(pair, fits))) > limit:
         raise InputError(
             f"pair {pair.id!r}: has {least} tokens with all but its last characters cut, more than {limit}; "
@@ -56,24 +58,21 @@ def truncated(pair: Pair, length: Callable[[Pair], int], limit: int) -> Pair:
     return _cut(pair, fits)
 
 
-def _characters(pair: Pair) -> int:
-    """How many characters can be cut."""
-    said = sum(len(message["content"]) for message in pair.prompt)
-    return said - len(pair.prompt[-1]["content"][-1:]) + max(len(pair.response_a), len(pair.response_b)) - 1
-
-
 def _cut(pair: Pair, count: int) -> Pair:
-    """The pair without its first ``count`` characters."""
+    """The pair without its first ``count`` characters, as far as they may go."""
+    *earlier, question = pair.prompt
     prompt, orphaned = [], False
-    for number, message in enumerate(pair.prompt):
-        text = message["content"]
-        gone = min(count, len(text[:-1]) if number == len(pair.prompt) - 1 else len(text))
-        count -= gone
-        if gone and gone == len(text):
+    for message in earlier:
+        text, left = message["content"], count
+        count = max(count - len(text), 0)
+        if left and left >= len(text):
             orphaned |= message["role"] == "user"
         elif not (orphaned and message["role"] == "assistant"):
             orphaned = False
-            prompt.append({**message, "content": text[gone:]})
-    longest = max(len(pair.response_a), len(pair.response_b)) - count
-    a, b = (text[max(len(text) - longest, 0) :] for text in (pair.response_a, pair.response_b))
+            prompt.append({**message, "content": text[left:]})
+    text = question["content"]
+    gone = min(count, max(len(text) - 1, 0))
+    prompt.append({**question, "content": text[gone:]})
+    keep = max(len(pair.response_a), len(pair.response_b)) - (count - gone)
+    a, b = (text[-max(keep, 1) :] for text in (pair.response_a, pair.response_b))
     return replace(pair, prompt=tuple(prompt), response_a=a, response_b=b)
