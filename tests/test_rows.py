@@ -63,7 +63,7 @@ def test_sets_of_datasets_are_read_as_they_are(datasets, tmp_path):
 
 def test_several_sets_in_one_are_named(datasets, tmp_path):
     made = datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS), "train": datasets.Dataset.from_list(ROWS)})
-    message = "holds several sets of rows (test, train); give one of them, such as"
+    message = "is a set of splits (test, train); give one of them, such as"
     assert refused(made) == f"pairs: {message} pairs['test']"
     made.save_to_disk(tmp_path / "saved")
     assert refused(tmp_path / "saved") == f"{tmp_path}/saved: {message} {tmp_path}/saved/test"

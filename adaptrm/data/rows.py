@@ -129,7 +129,7 @@ def _rows_of_object(source: Iterable[Row], name: str) -> Iterator[tuple[str, Row
         splits = ", ".join(map(str, source)) or "none"
         first = next(iter(source), "train")
         one = f"pairs[{first!r}]" if name == "pairs" else paths.join(name, str(first))
-        raise InputError(f"{name}: holds several sets of rows ({splits}); give one of them, such as {one}")
+        raise InputError(f"{name}: is a set of splits ({splits}); give one of them, such as {one}")
     if hasattr(source, "with_format"):  # a datasets set may be set to yield arrays
         source = source.with_format(None)
     yield from ((f"row {number}", row) for number, row in enumerate(source))
