@@ -22,6 +22,8 @@ app = typer.Typer(
 rules_app = typer.Typer(no_args_is_help=True)
 app.add_typer(rules_app, name="rules", help="Look after rule pools.")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+# What --pairs and --data take.
+PAIRS = "JSONL(.gz), Parquet, a folder of save_to_disk, or a hub name OWNER/NAME[:CONFIG][:SPLIT]"
 
 
 class Verb(StrEnum):
@@ -51,6 +53,18 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class OnBadRow(StrEnum):
+    fail = "fail"
+    skip = "skip"
+
+
+BadRow = Annotated[OnBadRow, typer.Option(help="A row that is no pair: an error, or listed and left out.")]
+TruncateTo = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cut what is longer than so many tokens, from the left. Nothing is cut without it."),
+]
+
+
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Folder for everything it makes.")] = "adaptrm-demo",
@@ -68,7 +82,7 @@ def demo(
 
 @app.command()
 def score(
-    pairs: Annotated[str, typer.Option(help="Pairs: JSONL, JSONL.gz or Parquet.")],
+    pairs: Annotated[str, typer.Option(help=f"Pairs: {PAIRS}.")],
     judge: Annotated[
         str, typer.Option(help="Causal language model: a folder, a hub name or a run of train judge; or table:FILE.")
     ],
@@ -81,6 +95,8 @@ def score(
         list[str] | None, typer.Option(help="RULE=COLUMN of a table, where they differ; repeatable.")
     ] = None,
     value_range: Annotated[str, typer.Option("--range", help="LO,HI of a table's values.")] = "-1,1",
+    on_bad_row: BadRow = OnBadRow.fail,
+    truncate_to: TruncateTo = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count tokens and predict the time, write nothing.")
     ] = False,
@@ -91,8 +107,10 @@ def score(
     from adaptrm.judge.score import dry_run as predict
     from adaptrm.judge.score import score as run
 
-    where = (pairs, judge, rules, out)
-    job = ScoreJob(*where, template.value, dtype.value, part_size, tuple(columns or ()), value_range)
+    table = (tuple(columns or ()), value_range)
+    job = ScoreJob(
+        pairs, judge, rules, out, template.value, dtype.value, part_size, on_bad_row.value, truncate_to, *table
+    )
     show(predict(job) if dry_run else run(job), as_json)
 
 
@@ -120,7 +138,7 @@ def train(
     ctx: typer.Context,
     what: Annotated[Verb, typer.Argument(help="What to train.")],
     config: Annotated[str, typer.Argument(help="A config: a name or a YAML file.")],
-    data: Annotated[str | None, typer.Option(help="Pairs.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Pairs: {PAIRS}.")] = None,
     labels: Annotated[str | None, typer.Option(help="Label file, or 'human'; for a judge a rule-label file.")] = None,
     rules: Annotated[str | None, typer.Option(help="Rule pool of the rule labels.")] = None,
     model: Annotated[str | None, typer.Option(help="Start from this model.")] = None,
@@ -146,20 +164,27 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Reward model: a folder, a hub name or a run of train reward.")],
-    data: Annotated[str, typer.Option(help="Pairs that people labelled.")],
+    data: Annotated[str, typer.Option(help=f"Pairs that people labelled: {PAIRS}.")],
     out: Annotated[str, typer.Option(help="FILE.json; FILE.rows.parquet is written beside it.")],
     suite: Annotated[Suite, typer.Option(help="What is measured.")] = Suite.pairs,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the model.")] = Dtype.float32,
+    on_bad_row: BadRow = OnBadRow.fail,
+    truncate_to: TruncateTo = None,
     as_json: Json = False,
 ) -> None:
     """Measure a reward model's accuracy."""
     from adaptrm.data.preferences import read_pairs
+    from adaptrm.data.rows import BadRows
+    from adaptrm.data.truncation import Truncation
     from adaptrm.evaluate import evaluate_pairs
     from adaptrm.reward_model import RewardModel
 
-    scorer = RewardModel.from_pretrained(model, dtype.value).score_pairs
-    pairs = read_pairs(data)
-    show(evaluate_pairs(scorer, pairs, out, model=model, dtype=dtype.value, suite=suite.value), as_json)
+    reward_model = RewardModel.from_pretrained(model, dtype.value)
+    bad, cut = BadRows(on_bad_row.value), Truncation(reward_model.pair_length, truncate_to)
+    pairs = map(cut, read_pairs(data, bad))
+    named = {"model": model, "dtype": dtype.value, "suite": suite.value}
+    left = {"skipped_rows": lambda: bad.count, "truncated": lambda: cut.count}
+    show(evaluate_pairs(reward_model.score_pairs, pairs, out, counts=left, **named), as_json)
 
 
 @app.command()

@@ -55,7 +55,8 @@ class DataOptions:
     rows_per_step: PositiveInt = 8
     exact_batch: bool = False
     pairs_per_step: PositiveInt | None = None  # with exact_batch: pairs (or replies), however many rows they take
-    overlong: Literal["fail", "drop"] = "fail"
+    overlong: Literal["fail", "drop", "truncate"] = "fail"  # than a row; truncated from the left
+    on_bad_row: Literal["fail", "skip"] = "fail"  # of pairs, or of a judge's rule labels; skipped ones are listed
 
 
 @dataclass(frozen=True, config=STRICT)

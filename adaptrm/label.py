@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from adaptrm import paths
 from adaptrm.data.labels import Label, write_labels
 from adaptrm.data.preferences import read_pairs
+from adaptrm.data.rows import BadRows, source_hash
 from adaptrm.data.scores import read_manifest, read_parts
 from adaptrm.errors import InputError
 from adaptrm.selection import select
@@ -45,7 +45,7 @@ def label(job: LabelJob) -> dict[str, Any]:
     """
     manifest = read_manifest(job.scores)
     source = job.pairs or manifest["pairs"]
-    if (found := paths.sha256(source)) != manifest["pairs_sha256"]:
+    if (found := source_hash(source)) != manifest["pairs_sha256"]:
         raise InputError(
             f"{source}: not the pairs that {job.scores} was made of (SHA-256 {found[:12]}..., there "
             f"{manifest['pairs_sha256'][:12]}...); give --pairs with the file that was scored, or score again"
@@ -58,7 +58,8 @@ def label(job: LabelJob) -> dict[str, Any]:
     decided: Counter[str] = Counter()
 
     def labels() -> Iterator[Label]:
-        stream, row = read_pairs(source), 0
+        # Rows that were skipped when the pairs were scored are skipped again; score listed them.
+        stream, row = read_pairs(source, BadRows(manifest.get("on_bad_row", "fail"), listed=False)), 0
         for scores in read_parts(job.scores):
             try:
                 chosen = select(

@@ -15,7 +15,7 @@ from jaxtyping import Float32
 
 from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer, pad_can_end
-from adaptrm.data.chat_trees import conversation_tree, pair_tree
+from adaptrm.data.chat_trees import conversation_tree, pair_length, pair_tree
 from adaptrm.data.preferences import Pair
 from adaptrm.errors import InputError
 from adaptrm.hf.load import listed, load_weights, open_folder
@@ -87,6 +87,10 @@ class RewardModel:
         """The rewards of responses A and B of each pair; a prompt is computed once."""
         trees = (pair_tree(self.chat, pair, self.pad[1]) for pair in pairs)
         return np.stack([np.zeros(2, np.float32), *self._read(trees)])[1:]
+
+    def pair_length(self, pair: Pair) -> int:
+        """Tokens of the longer of a pair's two conversations."""
+        return pair_length(self.chat, pair)
 
     def _read(self, trees: Iterator[PrefixTree]) -> Iterator[np.ndarray]:
         while some := list(islice(trees, TREES_AT_ONCE)):

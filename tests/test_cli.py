@@ -121,6 +121,7 @@ EVALUATE = ("evaluate", "--data", "{0}/pairs.jsonl", "--out", "{0}/out.json")
         ),
         ((*SCORE, "--judge", "{0}/empty", "--pairs", "{0}/none.jsonl"), "{0}/none.jsonl: does not exist"),
         ((*SCORE, "--judge", "{0}/empty", "--pairs", "{0}/bad.jsonl"), "{0}/bad.jsonl: line 2: not valid JSON"),
+        ((*SCORE, "--judge", "{0}/empty", "--pairs", "owner/name"), "owner/name: no such file, and the hub does not"),
         ((*SCORE, "--judge", "{0}/none", "--pairs", "{0}/pairs.jsonl"), "{0}/none: this folder does not exist"),
         ((*SCORE, "--judge", "{0}/empty", "--pairs", "{0}/pairs.jsonl"), "{0}/empty: no config.json here"),
         ((*EVALUATE, "{0}/none"), "{0}/none: this folder does not exist"),

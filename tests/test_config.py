@@ -11,7 +11,7 @@ from adaptrm.config import TEXTS, VERBS, TrainOptions, config_folder, load_optio
 from adaptrm.errors import InputError
 
 # How many options a user can set. A new one is a decision: first think whether the code can know the answer.
-OPTION_COUNT = 37
+OPTION_COUNT = 38
 SHIPPED = sorted(config_folder().glob("*.yaml"))
 
 

@@ -3,13 +3,23 @@
 import gzip
 import hashlib
 import json
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
 
+from adaptrm.data.chat import ChatTokenizer
+from adaptrm.data.chat_trees import pair_length, pair_tree
 from adaptrm.data.preferences import Pair, hash_id, load_pairs, read_pairs
+from adaptrm.data.scores import Scores, write_manifest, write_part
 from adaptrm.errors import InputError
+from adaptrm.label import LabelJob, label
+from adaptrm.paths import sha256
 
 USER = {"role": "user", "content": "How do I bake bread?"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -68,13 +78,6 @@ def test_parquet_is_read_across_batches(tmp_path):
     assert refused(file).startswith(f"{file}: row 2101: response_b is empty")
 
 
-def test_a_datasets_set_is_read_as_it_is():
-    datasets = pytest.importorskip("datasets")
-    made = datasets.Dataset.from_list([{"prompt": "p", "chosen": "good", "rejected": "bad"}])
-    (pair,) = load_pairs(made)
-    assert (pair.prompt, pair.response_a, pair.response_b) == ((says("user", "p"),), "good", "bad")
-
-
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
@@ -94,6 +97,36 @@ def test_a_datasets_set_is_read_as_it_is():
                 "prompt": USER["content"],
                 "chosen": [USER, says("assistant", "good")],
                 "rejected": [USER, says("assistant", "bad")],
+            },
+            ASKED,
+        ),
+        # The same of several turns: the text is the first of the user's, as UltraFeedback's makers have it.
+        (
+            {
+                "prompt": USER["content"],
+                "prompt_id": "0b",
+                "chosen": [SYSTEM, USER, says("assistant", "Do."), says("user", "x"), says("assistant", "good")],
+                "rejected": [SYSTEM, USER, says("assistant", "Do."), says("user", "x"), says("assistant", "bad")],
+                "messages": [USER],
+                "score_chosen": 7.0,
+            },
+            (SYSTEM, USER, says("assistant", "Do."), says("user", "x")),
+        ),
+        # A prompt of messages beside whole conversations.
+        (
+            {
+                "prompt": [SYSTEM, USER],
+                "chosen": [SYSTEM, USER, says("assistant", "good")],
+                "rejected": [SYSTEM, USER, says("assistant", "bad")],
+            },
+            (SYSTEM, USER),
+        ),
+        # Another column in a message (Skywork) is no part of it.
+        (
+            {
+                "chosen": [USER | {"source": "x"}, says("assistant", "good")],
+                "rejected": [USER | {"source": "y"}, says("assistant", "bad")],
+                "source": "z",
             },
             ASKED,
         ),
@@ -128,10 +161,26 @@ def test_chosen_and_rejected(row, prompt):
     assert pair.conversation("b") == [*prompt, says("assistant", "bad")]
 
 
-def test_best_of_n_gives_every_pair_of_chosen_and_rejected():
-    row = {"id": "q", "prompt": "p", "chosen_list": ["c0", "c1"], "rejected_list": ["r0", "r1", "r2"]}
-    found = [(pair.id, pair.response_a, pair.response_b, pair.preferred) for pair in load_pairs([row])]
-    assert found == [(f"q#{i}-{j}", f"c{i}", f"r{j}", "a") for i in range(2) for j in range(3)]
+@pytest.mark.parametrize("names", [("chosen_list", "rejected_list"), ("chosen", "rejected")])
+def test_best_of_n_gives_every_pair_of_chosen_and_rejected(names):
+    """As RMB and, under the shorter names, RewardBench 2 have it."""
+    row = {"id": "q", "prompt": "p", "subset": "Ties", names[0]: ["c0", "c1"], names[1]: ["r0", "r1", "r2"]}
+    expected = [(f"q#{i}-{j}", f"c{i}", f"r{j}", "a", "Ties") for i in range(2) for j in range(3)]
+    found = load_pairs([row])
+    assert [(p.id, p.response_a, p.response_b, p.preferred, p.subset) for p in found] == expected
+    assert all(pair.prompt == (says("user", "p"),) for pair in found)
+
+
+def test_best_of_n_takes_responses_as_messages():
+    row = {"prompt": [SYSTEM, USER], "chosen_list": [[says("assistant", "c")]], "rejected_list": ["r"]}
+    (pair,) = load_pairs([row])
+    assert (pair.prompt, pair.response_a, pair.response_b) == ((SYSTEM, USER), "c", "r")
+
+
+def test_ids_that_are_numbers_are_texts():
+    """RewardBench's are."""
+    rows = [{"prompt": "p", "chosen": "c", "rejected": "r", "subset": "donotanswer", "id": n} for n in (7, 8)]
+    assert [pair.id for pair in load_pairs(rows)] == ["7", "8"]
 
 
 def test_a_missing_id_is_a_hash_of_the_row():
@@ -197,8 +246,12 @@ def test_wrong_canonical_rows_name_the_line(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "needs response_a and response_b, or chosen and rejected; has nothing"),
+        ({}, "needs response_a and response_b, or chosen and rejected, or chosen_list and rejected_list; has nothing"),
         ({"prompt": "p", "response_a": "a"}, "has prompt, response_a"),
+        (
+            {"prompt": "p", "response_0": "a", "response_1": "b", "safer_response_id": 0},
+            "has prompt, response_0, response_1, safer_response_id",
+        ),
         (5, "must be an object"),
         ({"chosen": "no dialogue", "rejected": "none"}, "prompt is missing"),
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "prompt is missing"),
@@ -213,9 +266,18 @@ def test_wrong_canonical_rows_name_the_line(tmp_path, change, message):
         ({"prompt": "p", "chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}, "chosen must hold messages"),
         (
             {"prompt": "other", "chosen": [USER, says("assistant", "a")], "rejected": [USER, says("assistant", "b")]},
-            "last message alone",
+            "prompt is not what chosen and rejected begin with",
         ),
         ({"prompt": "p", "chosen_list": "abc", "rejected_list": ["b"]}, "chosen_list and rejected_list must be lists"),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, USER, says("assistant", "a")], "rejected": [SYSTEM, USER, USER]},
+            "prompt is not what chosen and rejected begin with",
+        ),
+        ({"prompt": "p", "chosen_list": [], "rejected_list": ["b"]}, "must be lists of responses, none of them empty"),
+        ({"prompt": "p", "chosen": ["a"], "rejected": []}, "chosen and rejected must be lists of responses"),
+        ({"prompt": "p", "chosen": ["a"], "rejected": [says("assistant", "b")]}, "rejected is empty or no text"),
+        ({"chosen": ["a"], "rejected": ["b"]}, "prompt is missing or empty"),
+        ({"prompt": "p", "chosen_list": [[says("user", "a")]], "rejected_list": ["b"]}, "one message of the assistant"),
         ({"prompt": "p", "chosen_list": None, "rejected_list": ["b"]}, "chosen_list and rejected_list must be lists"),
         ({"prompt": "p", "chosen_list": ["a", ""], "rejected_list": ["b"]}, "chosen_list is empty"),
     ],
@@ -225,52 +287,59 @@ def test_wrong_rows_of_other_forms_name_the_row(row, message):
     assert found.startswith("pairs: row 1: ") and message in found
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b'{"id": "x", \n', "not valid JSON"),
-        (b"[1, 2]\n", "must be a JSON object, is list"),
-        (b'"text"\n', "must be a JSON object, is str"),
-        (b"[" * 100_000, "not valid JSON"),
-        ('{"id": "é"}'.encode("latin-1"), "not valid JSON"),
-    ],
-)
-def test_malformed_lines_are_named(tmp_path, text, message):
-    file = tmp_path / "pairs.jsonl"
-    file.write_bytes(lines(ROWS) + b"\n" + text)
-    found = refused(file)
-    assert found.startswith(f"{file}: line 5: ") and message in found
+def test_a_pair_that_the_template_refuses_is_named(tmp_path):
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    tiny_tokenizer(tmp_path, template=template)
+    chat = ChatTokenizer.from_folder(tmp_path)
+    assert len(pair_tree(chat, PAIRS[0], None)) > 0
+    for reads in (lambda: pair_tree(chat, PAIRS[1], None), lambda: pair_length(chat, PAIRS[1])):
+        with pytest.raises(InputError) as wrong:
+            reads()
+        assert str(wrong.value) == (
+            f"pair 'p1': {tmp_path}: the chat template refuses a conversation: no system role; mend the pair or drop it"
+        )
 
 
-@pytest.mark.parametrize("kind", ["cut short", "broken", "wrong checksum", "not packed"])
-def test_a_gzip_file_that_is_not_whole(tmp_path, kind):
-    whole = gzip.compress(lines(ROWS))
-    data = {
-        "cut short": whole[: len(whole) // 2],
-        "broken": whole[:10] + b"\x07" + whole[11:],  # a block of a type that there is not
-        "wrong checksum": whole[:-8] + b"\0\0\0\0" + whole[-4:],
-        "not packed": lines(ROWS),
-    }[kind]
-    file = tmp_path / "pairs.jsonl.gz"
-    file.write_bytes(data)
-    assert refused(file).startswith(f"{file}: not a whole gzip file: ")
+# Whatever a text may hold: other scripts, both directions, emoji, combining marks, NUL and other controls.
+ODD = st.text() | st.text("\0\x07\x1b\x7f\x85\u2028\u202e\u200f\ufeff\r\n\t א🏳️‍🌈e\u0301", min_size=1)
+SAID = ODD.filter(str.strip)
 
 
-@pytest.mark.parametrize("place", [-50, 100, 10, 0])
-def test_a_parquet_file_that_is_not_whole(tmp_path, place):
-    file = tmp_path / "pairs.parquet"
-    pq.write_table(pa.Table.from_pylist([GOOD | {"id": str(i)} for i in range(2000)]), file)
-    data = bytearray(file.read_bytes())
-    if place < 0:
-        del data[place:]
-    elif place == 0:
-        data.clear()
-    else:
-        data[place : place + 8] = bytes(byte ^ 255 for byte in data[place : place + 8])
-    file.write_bytes(data)
-    assert refused(file).startswith(f"{file}: not a whole Parquet file: ")
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(ODD, ODD, SAID, SAID, SAID), min_size=2, max_size=2), st.sampled_from(["jsonl", "parquet"]))
+def test_every_text_survives_from_pairs_to_labels_and_back(tmp_path, texts, ending):
+    pairs = [
+        Pair(f"{i}{name}", (says("system", system), says("user", asked)), a, b)
+        for i, (system, name, asked, a, b) in enumerate(texts)
+    ]
+    rows = [vars(pair) | {"prompt": list(pair.prompt)} for pair in pairs]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    assert load_pairs(tmp_path / "pairs.jsonl") == pairs
+    scores = tmp_path / "scores"
+    one = np.ones((2, 1), np.float32)
+    source = str(tmp_path / "pairs.jsonl")
+    (scores / "manifest.json").unlink(missing_ok=True)
+    for part in scores.glob("part-*"):
+        part.unlink()
+    write_manifest(scores, {"rules": ["r"], "pairs": source, "pairs_sha256": sha256(source), "parts": 1})
+    write_part(scores, 0, Scores([pair.id for pair in pairs], ["r"], one, -one, one, one, one, one, one))
+    out = tmp_path / f"labels.{ending}"
+    label(LabelJob(str(scores), str(out), k=1))
+    assert load_pairs(out) == [replace(pair, preferred="a") for pair in pairs]
 
 
-def test_an_absent_file_and_a_folder(tmp_path):
-    assert refused(tmp_path / "none.jsonl") == f"{tmp_path}/none.jsonl: does not exist; check the path"
-    assert "is a folder, not a file" in refused(tmp_path)
+@pytest.mark.slow
+def test_every_file_of_the_open_data_gives_all_its_pairs(data):
+    manifest = json.loads((data / "MANIFEST.json").read_text())["files"]
+    files = [f for f in manifest if f["kind"] in ("pairs", "best-of-n", "native")]
+    assert len(files) == 11
+    for entry in files:
+        file = data / entry["file"].removeprefix("open/")
+        expected = entry["rows"]
+        if entry["kind"] == "best-of-n":
+            with gzip.open(file, "rt") as lines:
+                expected = sum(len(r["chosen_list"]) * len(r["rejected_list"]) for r in map(json.loads, lines))
+            assert expected > entry["rows"]
+        pairs = load_pairs(file)
+        assert len(pairs) == expected, file
+        assert all(pair.preferred == "a" for pair in pairs)

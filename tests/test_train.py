@@ -119,7 +119,7 @@ def test_every_mesh_equals_one_device(folder, tmp_path):
     tiny_causal_lm(tmp_path / "lm", hidden_size=36, num_attention_heads=9, num_key_value_heads=3)
     data = options(folder).data
     chat = ChatTokenizer.from_folder(tmp_path / "lm")
-    store = reward_examples(data, chat, 0)
+    store, _ = reward_examples(data, chat, 0)
     plan = Plan(store.lengths, store.leaves, PlanOptions(ROW, 8), 1)
 
     def step(mesh):

@@ -1,6 +1,7 @@
 """Conversations as prefix trees whose leaves are where a reward is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -36,4 +37,20 @@ def conversation_tree(
 
 def pair_tree(chat: ChatTokenizer, pair: Pair, pad_id: int | None) -> PrefixTree:
     """The prompt once, then response A and response B."""
-    return conversation_tree(chat, [pair.conversation("a"), pair.conversation("b")], pad_id)
+    with _naming(pair):
+        return conversation_tree(chat, [pair.conversation("a"), pair.conversation("b")], pad_id)
+
+
+def pair_length(chat: ChatTokenizer, pair: Pair) -> int:
+    """Tokens of the longer of a pair's two conversations."""
+    with _naming(pair):
+        return max(len(chat.encode_chat(pair.conversation(side))) for side in ("a", "b"))
+
+
+@contextmanager
+def _naming(pair: Pair) -> Iterator[None]:
+    """Say which pair it is that a template refuses: it has no system role, wants roles that take turns, ..."""
+    try:
+        yield
+    except InputError as wrong:
+        raise InputError(f"pair {pair.id!r}: {wrong}; mend the pair or drop it") from None

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from adaptrm import paths
-from adaptrm.data.preferences import Pair, check_messages, check_prompt, check_reply, check_response, hash_id, read_rows
+from adaptrm.data.preferences import Pair, check_prompt, check_reply, check_response, hash_id
+from adaptrm.data.rows import BadRows, Row, read_rows
 from adaptrm.errors import InputError
 
 
@@ -89,7 +90,7 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
         at = f"{path}: {where}"
         if row.get("id") is None or not {"prompt", "chosen", "rejected"} <= row.keys():
             raise InputError(f"{at}: needs id, prompt, chosen, rejected; make label files with adaptrm label")
-        sides = [check_response(_last_text(row[side], side, at), side, at) for side in ("chosen", "rejected")]
+        sides = [check_reply(row[side], side, at) for side in ("chosen", "rejected")]
         key = hash_id(check_response(str(row["id"]), "id", at))
         if key in seen:
             raise InputError(f"{at}: the id {row['id']!r} is repeated; a pair has one label")
@@ -102,13 +103,6 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
             raise InputError(f"{at}: rules must be a list of ids, rule_margin a number")
         rules = tuple(map(str, rules))
         yield Label(str(row["id"]), check_prompt(row["prompt"], at), *sides, rules, float(margin), float(probability))
-
-
-def _last_text(value, name: str, where: str):
-    """The response itself, out of TRL's message list."""
-    if not isinstance(value, list) or not value:
-        return value
-    return check_reply(check_messages(value, name, where), name, where)
 
 
 class LabelIndex:
@@ -157,18 +151,27 @@ class RuleLabel:
     labels: Mapping[str, bool | None]
 
 
-def read_rule_labels(path: str | os.PathLike) -> Iterator[RuleLabel]:
+def read_rule_labels(path: str | os.PathLike, bad: BadRows | None = None) -> Iterator[RuleLabel]:
     """Stream a rule-label file ``{id, prompt, response, labels: {rule_id: true|false|null}}``.
 
     Raises:
-        InputError: a row is not one; names the line.
+        InputError: a row is not one, and ``bad`` (by default always) raises; names the line.
     """
     if str(path).endswith(".parquet"):  # its columns are the same in every row: an absent rule would read as null
         raise InputError(f"{path}: rule labels are JSONL; Parquet cannot tell an absent rule from null")
-    for where, row in read_rows(path):
-        at = f"{path}: {where}"
-        labels = row.get("labels")
-        if not isinstance(labels, Mapping) or not all(value in (True, False, None) for value in labels.values()):
-            raise InputError(f"{at}: labels must map rule ids to true, false or null")
-        prompt, response = check_prompt(row.get("prompt"), at), check_response(row.get("response"), "response", at)
-        yield RuleLabel(str(row.get("id", where)), prompt, response, dict(labels))
+    bad = bad or BadRows()
+    for where, row in read_rows(path, bad):
+        try:
+            label = _rule_label(row, where, f"{path}: {where}")
+        except InputError as wrong:
+            bad(wrong)
+        else:
+            yield label
+
+
+def _rule_label(row: Row, where: str, at: str) -> RuleLabel:
+    labels = row.get("labels")
+    if not isinstance(labels, Mapping) or not all(value in (True, False, None) for value in labels.values()):
+        raise InputError(f"{at}: labels must map rule ids to true, false or null")
+    prompt, response = check_prompt(row.get("prompt"), at), check_response(row.get("response"), "response", at)
+    return RuleLabel(str(row.get("id", where)), prompt, response, dict(labels))

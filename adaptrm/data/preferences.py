@@ -1,15 +1,13 @@
 """Preference pairs in the forms that people have them, streamed row by row."""
 
 import hashlib
-import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from adaptrm import paths
+from adaptrm.data.rows import BadRows, OnBadRow, Row, Source, canonical, rows_of
 from adaptrm.errors import InputError
 
 ROLES = ("system", "user", "assistant")
@@ -39,29 +37,46 @@ class Pair:
         return [*map(dict, self.prompt), {"role": "assistant", "content": response}]
 
 
-def load_pairs(source: str | os.PathLike | Iterable[Mapping[str, Any]]) -> list[Pair]:
-    """All pairs of a file, or of anything that yields rows (a ``datasets`` set), in memory.
+def load_pairs(source: Source, on_bad_row: OnBadRow = "fail") -> list[Pair]:
+    """All pairs of a file, of a hub name, or of anything that yields rows (a ``datasets`` set), in memory.
+
+    Args:
+        source: see ``rows_of``.
+        on_bad_row: ``skip`` lists rows that are no pairs on stderr and leaves them out.
 
     Raises:
         InputError: a row is not a pair; names the line.
     """
-    return list(read_pairs(source))
+    return list(read_pairs(source, BadRows(on_bad_row)))
 
 
-def read_pairs(source: str | os.PathLike | Iterable[Mapping[str, Any]]) -> Iterator[Pair]:
-    """Stream pairs; of each only a hash of its id stays in memory."""
-    if isinstance(source, str | os.PathLike):
-        rows, name = read_rows(source), str(source)
-    else:
-        rows, name = ((f"row {n}", row) for n, row in enumerate(source)), "pairs"
+def read_pairs(source: Source, bad: BadRows | None = None) -> Iterator[Pair]:
+    """Stream pairs; of each only a hash of its id stays in memory.
+
+    A row of another form than the rows before it is a bad row, and so is one whose id has come before.
+
+    Args:
+        bad: what becomes of bad rows; None raises.
+    """
+    bad = bad or BadRows()
+    name = str(source) if isinstance(source, str | os.PathLike) else "pairs"
     seen: set[int] = set()
-    for where, row in rows:
-        for pair in pairs_of_row(row, f"{name}: {where}"):
-            key = hash_id(pair.id)
-            if key in seen:
-                raise InputError(f"{name}: {where}: the id {pair.id!r} is repeated; ids must be unique")
-            seen.add(key)
-            yield pair
+    first = None
+    for where, row in rows_of(source, bad):
+        at = f"{name}: {where}"
+        try:
+            pairs, form = list(pairs_of_row(row, at)), form_of(row, at)
+            if form != (first or form):
+                raise InputError(f"{at}: gives {form}; the rows before give {first}: mend it, or make two files")
+            keys = {hash_id(pair.id) for pair in pairs}
+            if seen & keys:
+                raise InputError(f"{at}: the id {pairs[0].id!r} is repeated; ids must be unique")
+        except InputError as wrong:
+            bad(wrong)
+            continue
+        first = form
+        seen |= keys
+        yield from pairs
 
 
 def hash_id(value: str) -> int:
@@ -69,103 +84,127 @@ def hash_id(value: str) -> int:
     return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little")
 
 
-def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a JSONL(.gz) or Parquet file, each with where it stands."""
-    if str(path).endswith(".parquet"):
-        import pyarrow.lib
-        import pyarrow.parquet
-
-        with paths.reading(path) as stream:
-            try:
-                table = pyarrow.parquet.ParquetFile(stream)
-                number = 0
-                for batch in table.iter_batches(1024):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"row {number}", row
-            except (pyarrow.lib.ArrowException, OSError) as wrong:
-                raise InputError(f"{path}: not a whole Parquet file: {str(wrong).splitlines()[0]}") from None
-        return
-    with paths.reading(path) as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as wrong:
-                    raise InputError(f"{path}: line {number}: not valid JSON: {wrong}") from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}: line {number}: must be a JSON object, is {type(row).__name__}")
-                yield f"line {number}", row
-        except (EOFError, OSError, zlib.error) as wrong:
-            raise InputError(f"{path}: not a whole gzip file: {wrong}") from None
-
-
-def pairs_of_row(row: Mapping[str, Any], where: str) -> Iterator[Pair]:
+def pairs_of_row(row: Row, where: str) -> Iterator[Pair]:
     """The pairs of one row: one, or all of a best-of-n row.
 
     Raises:
         InputError: a column is missing, empty or of the wrong kind.
     """
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: must be an object with named columns, is {type(row).__name__}")
+    form = form_of(row, where)
     row_id = row.get("id")
     if row_id is None:
-        content = json.dumps(row, sort_keys=True, ensure_ascii=True, default=str)
-        row_id = hashlib.sha256(content.encode()).hexdigest()[:16]
+        row_id = hashlib.sha256(canonical(row)).hexdigest()[:16]
     row_id = _whole(str(row_id), "id", where)
     subset = row.get("subset")
     subset = None if subset is None else _whole(str(subset), "subset", where)
+    for suffix, prompt, a, b, preferred in FORMS[form](row, where):
+        yield Pair(row_id + suffix, prompt, a, b, preferred, subset)
+
+
+def form_of(row: Row, where: str) -> str:
+    """In which form a row gives its pair, by its columns and what they hold: a key of ``FORMS``."""
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: must be an object with named columns, is {type(row).__name__}")
     if "response_a" in row and "response_b" in row:
-        preferred = row.get("preferred")
-        if preferred not in ("a", "b", None):
-            raise InputError(f"{where}: preferred is {preferred!r}; it must be a, b or null")
-        prompt = check_prompt(row.get("prompt"), where)
-        a, b = (check_response(row[name], name, where) for name in ("response_a", "response_b"))
-        yield Pair(row_id, prompt, a, b, preferred, subset)
-    elif "chosen_list" in row and "rejected_list" in row:
-        prompt = check_prompt(row.get("prompt"), where)
-        if not isinstance(row["chosen_list"], list) or not isinstance(row["rejected_list"], list):
-            raise InputError(f"{where}: chosen_list and rejected_list must be lists of responses")
-        for i, chosen in enumerate(row["chosen_list"]):
-            for j, rejected in enumerate(row["rejected_list"]):
-                a, b = check_response(chosen, "chosen_list", where), check_response(rejected, "rejected_list", where)
-                yield Pair(f"{row_id}#{i}-{j}", prompt, a, b, "a", subset)
-    elif "chosen" in row and "rejected" in row:
-        prompt, a, b = _chosen_rejected(row, where)
-        yield Pair(row_id, prompt, a, b, "a", subset)
-    else:
+        return "response_a and response_b"
+    if "chosen_list" in row and "rejected_list" in row:
+        return "chosen_list and rejected_list"
+    if "chosen" not in row or "rejected" not in row:
         have = ", ".join(sorted(map(str, row))) or "nothing"
-        raise InputError(f"{where}: needs response_a and response_b, or chosen and rejected; has {have}")
-
-
-def _chosen_rejected(row, where: str):
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
-        chosen, rejected = _dialogue(chosen, where), _dialogue(rejected, where)
+        needs = "response_a and response_b, or chosen and rejected, or chosen_list and rejected_list"
+        raise InputError(f"{where}: needs {needs}; has {have}")
+    chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
-        chosen, rejected = check_messages(chosen, "chosen", where), check_messages(rejected, "rejected", where)
-        shared = 0
-        if prompt is None:
-            while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-                shared += 1
-            while shared and chosen[shared - 1]["role"] != "user":
-                shared -= 1
-            prompt = list(chosen[:shared])
-        elif len(chosen) > 1:  # whole conversations beside their prompt, as UltraFeedback has them
-            given = check_prompt(prompt, where)
-            shared = len(given) if given == chosen[: len(given)] == rejected[: len(given)] else 0
-        if len(chosen) != shared + 1 or len(rejected) != shared + 1:
-            raise InputError(f"{where}: chosen and rejected must differ in their last message alone")
-        chosen, rejected = (
-            check_reply(side[shared:], name, where) for side, name in ((chosen, "chosen"), (rejected, "rejected"))
-        )
-    return (
-        check_prompt(prompt, where),
-        check_response(chosen, "chosen", where),
-        check_response(rejected, "rejected", where),
-    )
+        texts = any(isinstance(one, str) for one in (*chosen, *rejected))
+        return "chosen and rejected as lists of responses" if texts else "chosen and rejected as messages"
+    if isinstance(chosen, str) and isinstance(rejected, str) and row.get("prompt") is None:
+        return "chosen and rejected as dialogue"
+    return "chosen and rejected as texts"
+
+
+# Suffix of the id, prompt, response A, response B, which is preferred.
+Parts = Iterator[tuple[str, tuple[Mapping[str, str], ...], str, str, Preferred]]
+
+
+def _canonical(row: Row, where: str) -> Parts:
+    preferred = row.get("preferred")
+    if preferred not in ("a", "b", None):
+        raise InputError(f"{where}: preferred is {preferred!r}; it must be a, b or null")
+    prompt = check_prompt(row.get("prompt"), where)
+    a, b = (check_response(row[name], name, where) for name in ("response_a", "response_b"))
+    yield "", prompt, a, b, preferred
+
+
+def _texts(row: Row, where: str) -> Parts:
+    prompt = check_prompt(row.get("prompt"), where)
+    a, b = (check_response(row[name], name, where) for name in ("chosen", "rejected"))
+    yield "", prompt, a, b, "a"
+
+
+def _best_of_n(row: Row, where: str, names: tuple[str, str] = ("chosen_list", "rejected_list")) -> Parts:
+    """Every chosen response against every rejected one."""
+    prompt = check_prompt(row.get("prompt"), where)
+    sides = []
+    for name in names:
+        if not isinstance(row[name], list) or not row[name]:
+            raise InputError(f"{where}: {' and '.join(names)} must be lists of responses, none of them empty")
+        sides.append([check_reply(one, name, where) for one in row[name]])
+    for i, chosen in enumerate(sides[0]):
+        for j, rejected in enumerate(sides[1]):
+            yield f"#{i}-{j}", prompt, chosen, rejected, "a"
+
+
+def _text_lists(row: Row, where: str) -> Parts:
+    return _best_of_n(row, where, ("chosen", "rejected"))
+
+
+def _messages(row: Row, where: str) -> Parts:
+    """Replies beside their prompt, or whole conversations (a prompt beside these must agree with them)."""
+    chosen, rejected = (check_messages(row[name], name, where) for name in ("chosen", "rejected"))
+    given = row.get("prompt")
+    given = given if given is None else check_prompt(given, where)
+    shared = 0
+    if given is None or len(chosen) > 1:
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        while shared and chosen[shared - 1]["role"] != "user":
+            shared -= 1
+    if len(chosen) != shared + 1 or len(rejected) != shared + 1:
+        raise InputError(f"{where}: chosen and rejected must differ in their last message alone")
+    begin = chosen[:shared]
+    if shared and given is not None:
+        # A prompt given as a text is one of the user's messages: UltraFeedback and others name no other.
+        agrees = given[0] in begin if isinstance(row["prompt"], str) else given == begin
+        if not agrees:
+            raise InputError(f"{where}: prompt is not what chosen and rejected begin with; drop the column or mend it")
+    prompt = check_prompt(begin if shared else given, where)
+    a, b = (check_reply(side[shared:], name, where) for side, name in ((chosen, "chosen"), (rejected, "rejected")))
+    yield "", prompt, a, b, "a"
+
+
+def _dialogue(row: Row, where: str) -> Parts:
+    """``\\n\\nHuman: ... \\n\\nAssistant: ...`` (HH-RLHF)."""
+    roles = {"Human": "user", "Assistant": "assistant"}
+    sides = {}
+    for name in ("chosen", "rejected"):
+        parts = re.split(r"\n\n(Human|Assistant):", row[name])
+        if len(parts) < 5 or parts[0].strip():
+            raise InputError(
+                f"{where}: {name} is neither messages nor a Human:/Assistant: dialogue, and prompt is missing"
+            )
+        turns = zip(parts[1::2], parts[2::2], strict=True)
+        sides[name] = [{"role": roles[who], "content": said.strip()} for who, said in turns]
+    return _messages(sides, where)
+
+
+FORMS: dict[str, Callable[[Row, str], Parts]] = {
+    "response_a and response_b": _canonical,
+    "chosen_list and rejected_list": _best_of_n,
+    "chosen and rejected as texts": _texts,
+    "chosen and rejected as messages": _messages,
+    "chosen and rejected as dialogue": _dialogue,
+    "chosen and rejected as lists of responses": _text_lists,
+}
 
 
 def check_prompt(value, where: str) -> tuple[Mapping[str, str], ...]:
@@ -189,11 +228,14 @@ def check_messages(value, name: str, where: str) -> tuple[Mapping[str, str], ...
     return tuple({"role": m["role"], "content": _whole(m["content"], name, where)} for m in value)
 
 
-def check_reply(messages, name: str, where: str) -> str:
-    """The text of a response given as one message of the assistant."""
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise InputError(f"{where}: {name} must be one message of the assistant")
-    return messages[0]["content"]
+def check_reply(value, name: str, where: str) -> str:
+    """A response, given as a text or as one message of the assistant."""
+    if isinstance(value, list | tuple) and value:
+        messages = check_messages(value, name, where)
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise InputError(f"{where}: {name} must be one message of the assistant")
+        value = messages[0]["content"]
+    return check_response(value, name, where)
 
 
 def check_response(value, name: str, where: str) -> str:
@@ -210,12 +252,3 @@ def _whole(text: str, name: str, where: str) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{where}: {name} holds half of a character (a lone surrogate); mend the row") from None
     return text
-
-
-def _dialogue(text: str, where: str) -> list[dict[str, str]]:
-    """``\\n\\nHuman: ... \\n\\nAssistant: ...`` (HH-RLHF) as messages."""
-    parts = re.split(r"\n\n(Human|Assistant):", text)
-    if len(parts) < 5 or parts[0].strip():
-        raise InputError(f"{where}: chosen is neither messages nor a Human:/Assistant: dialogue, and prompt is missing")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -18,7 +18,14 @@ RESAMPLES = 10_000
 
 
 def evaluate_pairs(
-    scorer: Scorer, pairs: Iterable[Pair], out: str | os.PathLike, *, model: str, dtype: str, suite: str = "pairs"
+    scorer: Scorer,
+    pairs: Iterable[Pair],
+    out: str | os.PathLike,
+    *,
+    model: str,
+    dtype: str,
+    suite: str = "pairs",
+    counts: Mapping[str, Callable[[], int]] | None = None,
 ) -> dict[str, Any]:
     """Score pairs that people labelled and write ``FILE.json`` and ``FILE.rows.parquet``.
 
@@ -27,6 +34,7 @@ def evaluate_pairs(
     Args:
         scorer: pairs to rewards ``[pairs, 2]`` of responses A and B.
         out: ``FILE.json``.
+        counts: what else the result counts (rows that were skipped), asked when all pairs have been read.
 
     Raises:
         InputError: no pair has a preference.
@@ -66,6 +74,7 @@ def evaluate_pairs(
         "dtype": dtype,
         "n": len(every),
         "skipped": skipped,
+        **{name: count() for name, count in (counts or {}).items()},
         "accuracy": float(np.mean(every)),
         "ci95": bootstrap_interval(every),
         "sections": {},

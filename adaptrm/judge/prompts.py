@@ -152,7 +152,7 @@ class JudgePrompt:
             ids, branches = whole[0][:cut], [one[cut:] for one in whole]
         return Node(ids, [Node(branch) for branch in branches])
 
-    def _groups(self, rules: Sequence[int]) -> list[tuple[int, ...]]:
+    def groups(self, rules: Sequence[int]) -> list[tuple[int, ...]]:
         """Rules that share a tree."""
         return [(rule,) for rule in rules] if self._rule_first else [tuple(rules)]
 
@@ -160,7 +160,7 @@ class JudgePrompt:
         self, prompt: Sequence[Mapping[str, str]], response: str, rules: Sequence[int]
     ) -> Iterator[Questions]:
         """One response and the given rules (positions in the pool), in their order."""
-        for group in self._groups(rules):
+        for group in self.groups(rules):
             yield Questions(PrefixTree.build(self._run(prompt, response, group)), ((0,),), group)
 
     def pair_trees(
@@ -171,7 +171,7 @@ class JudgePrompt:
         What the two begin with stands once. Swapping the responses gives the same trees; where they are the same
         tokens, one run of leaves stands for both, so that they tie.
         """
-        for group in self._groups(rules):
+        for group in self.groups(rules):
             runs = [self._run(prompt, response, group) for response in (response_a, response_b)]
             if np.array_equal(runs[0].tokens, runs[1].tokens):
                 yield Questions(PrefixTree.build(runs[0]), ((0, 1),), group)

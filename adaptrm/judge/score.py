@@ -1,7 +1,7 @@
 """``adaptrm score``: pairs through a judge into a score folder, part by part, resuming by whole parts."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,9 +12,12 @@ import numpy as np
 import adaptrm
 from adaptrm import paths
 from adaptrm.data.preferences import Pair, read_pairs
+from adaptrm.data.rows import BadRows, OnBadRow, source_hash
 from adaptrm.data.scores import Scores, part_name, read_part, write_manifest, write_part
+from adaptrm.data.truncation import Truncation
 from adaptrm.errors import InputError
 from adaptrm.judge.language_model import Judge
+from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.judge.table import PREFIX, Table
 from adaptrm.prefix_tree import choose_row_length
 from adaptrm.progress import progress
@@ -30,6 +33,8 @@ class ScoreJob:
     Attributes:
         judge: a causal language model, or ``table:FILE``.
         columns, value_range: of a table; see ``Table``.
+        on_bad_row: ``skip`` lists rows that are no pairs and leaves them out.
+        truncate_to: tokens of a question, to which longer ones are cut from the left; None cuts nothing, ever.
     """
 
     pairs: str
@@ -39,6 +44,8 @@ class ScoreJob:
     template: str = "conversation-first"
     dtype: str = "float32"
     part_size: int = 256
+    on_bad_row: OnBadRow = "fail"
+    truncate_to: int | None = None
     columns: tuple[str, ...] = ()
     value_range: str = "-1,1"
 
@@ -48,13 +55,20 @@ class ScoreJob:
             if self.columns or self.value_range != ScoreJob.value_range:
                 raise InputError(f"--columns and --range are for a table (--judge {PREFIX}FILE), not for a model")
             return Judge.from_pretrained(self.judge, pool, self.template, self.dtype)
+        if self.truncate_to is not None:
+            raise InputError("--truncate-to is for a model; a table has no tokens to cut")
         table = Table(self.judge.removeprefix(PREFIX), pool, self.columns, self.value_range)
-        table.check(read_pairs(self.pairs))
+        table.check(read_pairs(self.pairs, BadRows(self.on_bad_row, listed=False)))
         return table
 
-    def parts(self) -> Iterator[list[Pair]]:
+    def truncation(self, source: Judge | Table) -> Truncation:
+        """What cuts pairs to ``truncate_to``; a table has no tokens, so that nothing is cut."""
+        length = question_length(source.prompt) if isinstance(source, Judge) else len
+        return Truncation(length, self.truncate_to)
+
+    def parts(self, bad: BadRows, cut: Truncation) -> Iterator[list[Pair]]:
         """Runs of ``part_size`` pairs."""
-        stream = read_pairs(self.pairs)
+        stream = map(cut, read_pairs(self.pairs, bad))
         while part := list(islice(stream, self.part_size)):
             yield part
 
@@ -63,23 +77,26 @@ def score(job: ScoreJob) -> dict[str, Any]:
     """Score all pairs; what an earlier run finished stays.
 
     Returns:
-        Pairs, rules, mean label mass, share of rows with little of it, special-token strings kept as text.
+        Pairs, bad rows that were skipped, pairs that were truncated, rules, mean label mass, share of rows with
+        little of it, special-token strings kept as text.
 
     Raises:
         InputError: an input cannot be used, or the folder holds scores of something else.
     """
     with paths.hold(job.out):
         pool = RulePool.load(job.rules)
-        count = sum(1 for _ in read_pairs(job.pairs))  # every row is checked before the judge is loaded
+        bad = BadRows(job.on_bad_row)
+        count = sum(1 for _ in read_pairs(job.pairs, bad))  # every row is checked before the judge is loaded
         if not count:
             raise InputError(f"{job.pairs}: holds no pairs")
         source = job.source(pool)
         parts = -(-count // job.part_size)
         write_manifest(job.out, _manifest(job, source, pool, count, parts))
         done = set(paths.names(job.out))
+        cut = job.truncation(source)
         masses, low, special = [], 0, 0
         with progress("score", "pairs", count) as shown:
-            for number, pairs in enumerate(job.parts()):
+            for number, pairs in enumerate(job.parts(BadRows(job.on_bad_row, listed=False), cut)):
                 if part_name(number) in done:
                     scores = read_part(paths.join(job.out, part_name(number)), list(pool.ids))
                     if scores.ids != [pair.id for pair in pairs]:
@@ -97,12 +114,26 @@ def score(job: ScoreJob) -> dict[str, Any]:
     return {
         "scores": str(job.out),
         "pairs": count,
+        "skipped_rows": bad.count,
+        "truncated": cut.count,
         "rules": len(pool),
         "parts": parts,
         "label_mass": sum(m * n for m, n in masses) / count,
         "low_mass_share": low / (2 * count * len(pool)),
         "special_tokens_kept_as_text": special,
     }
+
+
+def question_length(prompt: JudgePrompt) -> Callable[[Pair], int]:
+    """Tokens of the longest question about a pair: the longer response, the longest rule."""
+    short = ({"role": "user", "content": "Hello."},), "Hello."
+    longest = max(range(len(prompt.pool)), key=lambda rule: len(prompt.chat.encode(prompt.text(*short, rule))))
+
+    def length(pair: Pair) -> int:
+        texts = (prompt.text(pair.prompt, response, longest) for response in (pair.response_a, pair.response_b))
+        return max(map(len, prompt.chat.encode_many(texts)))
+
+    return length
 
 
 def _check_finite(scores: Scores, job: ScoreJob) -> None:
@@ -116,13 +147,14 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     """Tokenise everything, time one batch, and predict the rest; of a table, check that it has what is needed."""
     pool = RulePool.load(job.rules)
     judge = job.source(pool)
+    bad, cut = BadRows(job.on_bad_row), job.truncation(judge)
     if isinstance(judge, Table):
-        return {"pairs": sum(map(len, job.parts())), "rules": len(pool), "rows": len(judge)}
+        return {"pairs": sum(map(len, job.parts(bad, cut))), "rules": len(pool), "rows": len(judge)}
     at_once = judge.mesh.shape["data"] * judge.mesh.shape["fsdp"]
     count = tokens = computed = separate = 0
     shapes: dict[int, int] = {}
     sample = []
-    for pairs in job.parts():
+    for pairs in job.parts(bad, cut):
         trees = [questions.tree for _, questions in judge.questions(pairs)]
         sample = sample or trees
         row_length, rows = choose_row_length([len(tree) for tree in trees], at_once)
@@ -143,6 +175,8 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     rate = -(-len(rows) // at_once) * at_once * row_length / seconds
     return {
         "pairs": count,
+        "skipped_rows": bad.count,
+        "truncated": cut.count,
         "rules": len(pool),
         "tokens": tokens,
         "tokens_one_sequence_a_rule": separate,
@@ -156,7 +190,9 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
 def _manifest(job: ScoreJob, source: Judge | Table, pool: RulePool, count: int, parts: int) -> dict[str, Any]:
     return {
         "pairs": job.pairs,
-        "pairs_sha256": paths.sha256(job.pairs),
+        "pairs_sha256": source_hash(job.pairs),
+        "on_bad_row": job.on_bad_row,
+        "truncate_to": job.truncate_to,
         "count": count,
         "part_size": job.part_size,
         "parts": parts,

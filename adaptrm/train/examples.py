@@ -1,6 +1,6 @@
 """Training examples: pairs with labels for the reward model, replies with rule labels for the judge."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from adaptrm.config import DataOptions
 from adaptrm.data.chat import ChatTokenizer
@@ -8,6 +8,8 @@ from adaptrm.data.chat_trees import pair_tree
 from adaptrm.data.labels import LabelIndex, read_labels, read_rule_labels
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.preferences import Pair, read_pairs
+from adaptrm.data.rows import BadRows
+from adaptrm.data.truncation import truncated
 from adaptrm.errors import InputError
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.prefix_tree import PrefixTree
@@ -16,7 +18,7 @@ from adaptrm.progress import say
 YES, NO, NEITHER = 0, 1, 2
 
 
-def signed_pairs(options: DataOptions) -> Iterator[tuple[Pair, int]]:
+def signed_pairs(options: DataOptions, bad: BadRows) -> Iterator[tuple[Pair, int]]:
     """Pairs with +1 where response A is chosen, -1 where B is, 0 where nothing says which.
 
     ``pairs`` with ``labels`` keeps the pairs' own order of responses, whatever the labels say; so runs with other
@@ -27,64 +29,89 @@ def signed_pairs(options: DataOptions) -> Iterator[tuple[Pair, int]]:
     if options.labels == "human":
         if options.pairs is None:
             raise InputError("data.pairs is missing: labels 'human' are the preferences in it")
-        for pair in read_pairs(options.pairs):
+        for pair in read_pairs(options.pairs, bad):
             yield pair, {"a": 1, "b": -1, None: 0}[pair.preferred]
     elif options.pairs is None:
         for label in read_labels(options.labels):
             yield Pair(label.id, label.prompt, label.chosen, label.rejected, "a"), 1
     else:
         index = LabelIndex(options.labels)
-        for pair in read_pairs(options.pairs):
+        for pair in read_pairs(options.pairs, bad):
             yield pair, index.sign(pair)
         if index.unused:
             raise InputError(f"{options.labels}: {index.unused} labels have no pair in {options.pairs}; label again")
 
 
-def reward_examples(options: DataOptions, chat: ChatTokenizer, pad_id: int | None) -> TreeStore:
-    """A tree a pair; sign and weight at both of its leaves."""
-    return _collect(
-        options,
-        (
-            (pair.id, pair_tree(chat, pair, pad_id), [float(sign)] * 2, [float(sign != 0)] * 2)
-            for pair, sign in signed_pairs(options)
-        ),
-    )
+# A pair, the tree that it makes, and a target and a weight for each of the tree's leaves.
+Example = tuple[Pair, Callable[[Pair], PrefixTree], list[float], list[float]]
 
 
-def judge_examples(options: DataOptions, prompt: JudgePrompt) -> TreeStore:
-    """The trees of each reply and the rules that people judged it by; the answers as targets."""
+def reward_examples(options: DataOptions, chat: ChatTokenizer, pad_id: int | None) -> tuple[TreeStore, dict[str, int]]:
+    """A tree a pair; sign and weight at both of its leaves.
+
+    Returns:
+        The trees, and how many rows were skipped, how many examples dropped or truncated.
+    """
+    bad = BadRows(options.on_bad_row)
+
+    def tree(pair: Pair) -> PrefixTree:
+        return pair_tree(chat, pair, pad_id)
+
+    signed = signed_pairs(options, bad)
+    return _collect(options, bad, ((pair, tree, [float(sign)] * 2, [float(sign != 0)] * 2) for pair, sign in signed))
+
+
+def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore, dict[str, int]]:
+    """The trees of each reply and the rules that people judged it by; the answers as targets.
+
+    Returns:
+        As ``reward_examples``.
+    """
     if options.labels is None:
         raise InputError("data.labels is missing: give a rule-label file")
+    bad = BadRows(options.on_bad_row)
 
-    def examples():
-        for label in read_rule_labels(options.labels):
+    def examples() -> Iterator[Example]:
+        for label in read_rule_labels(options.labels, bad):
             if not label.labels:
                 continue
             at = f"{options.labels}: {label.id}"
             rules = sorted(prompt.pool.index(list(label.labels), at))
-            for questions in prompt.reply_trees(label.prompt, label.response, rules):
-                verdicts = [label.labels[prompt.pool[rule].id] for rule in questions.rules]
+            reply = Pair(label.id, label.prompt, label.response, label.response)  # one response, which stands for both
+            for group in prompt.groups(rules):
+                verdicts = [label.labels[prompt.pool[rule].id] for rule in group]
                 targets = [NEITHER if verdict is None else YES if verdict else NO for verdict in verdicts]
-                yield label.id, questions.tree, targets, [1.0] * len(targets)
 
-    return _collect(options, examples())
+                def tree(pair: Pair, group: tuple[int, ...] = group) -> PrefixTree:
+                    (questions,) = prompt.reply_trees(pair.prompt, pair.response_a, group)
+                    return questions.tree
+
+                yield reply, tree, targets, [1.0] * len(group)
+
+    return _collect(options, bad, examples())
 
 
-def _collect(options: DataOptions, examples: Iterator[tuple[str, PrefixTree, list, list]]) -> TreeStore:
-    store, dropped, labelled = TreeStore(), 0, False
-    for name, tree, targets, weights in examples:
-        if len(tree) > options.row_length:
+def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) -> tuple[TreeStore, dict[str, int]]:
+    store, limit, labelled = TreeStore(), options.row_length, False
+    counts = {"dropped": 0, "truncated": 0}
+    for pair, make_tree, targets, weights in examples:
+        tree = make_tree(pair)
+        if len(tree) > limit:
             if options.overlong == "fail":
                 raise InputError(
-                    f"{options.pairs or options.labels}: {name!r} has {len(tree)} tokens, a row {options.row_length}; "
-                    "raise data.row_length, or set data.overlong: drop"
+                    f"{options.pairs or options.labels}: {pair.id!r} has {len(tree)} tokens, a row {limit}; "
+                    "raise data.row_length, or set data.overlong: drop or truncate"
                 )
-            dropped += 1
-            continue
+            counts["dropped" if options.overlong == "drop" else "truncated"] += 1
+            if options.overlong == "drop":
+                continue
+            tree = make_tree(truncated(pair, lambda cut, make=make_tree: len(make(cut)), limit))
         labelled |= any(weights)
         store.append(tree, targets, weights)
-    if dropped:
-        say(f"dropped {dropped} of {dropped + len(store)} examples: longer than a row of {options.row_length} tokens")
+    for what, count in counts.items():
+        if count:
+            total = len(store) + counts["dropped"]
+            say(f"{what} {count} of {total} examples: longer than a row of {limit} tokens")
     if not labelled:
         raise InputError(f"{options.labels}: nothing to train on; no example has a label")
-    return store.freeze()
+    return store.freeze(), {"skipped_rows": bad.count} | counts

@@ -46,7 +46,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         out: the run folder: config.yaml, metrics.jsonl, checkpoints/, and at the end export/.
 
     Returns:
-        Steps, examples, parameters, share of padding.
+        Steps, examples, rows skipped, examples dropped and truncated, parameters, share of padding.
 
     Raises:
         InputError: options, data or the folder cannot be used.
@@ -64,9 +64,9 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             if options.data.rules is None:
                 raise InputError("data.rules is missing: give the pool that the rule labels are of (--rules)")
             prompt = JudgePrompt(start.chat, RulePool.load(options.data.rules), options.data.template)
-            store, answers = judge_examples(options.data, prompt), prompt.answers
+            (store, left), answers = judge_examples(options.data, prompt), prompt.answers
         else:
-            store, answers = reward_examples(options.data, start.chat, start.pad[1]), None
+            (store, left), answers = reward_examples(options.data, start.chat, start.pad[1]), None
         plan = Plan(store.lengths, store.leaves, _plan_options(options, mesh), options.epochs)
         steps = plan.steps_per_epoch * options.epochs
         steps = min(steps, options.max_steps or steps)
@@ -81,7 +81,8 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, UNITS[kind])
         save_model(out / "export", state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return {"run": str(out), "steps": steps, UNITS[kind]: len(store), "parameters": count, "padding": plan.padding}
+    made = {"run": str(out), "steps": steps, UNITS[kind]: len(store), **left}
+    return made | {"parameters": count, "padding": plan.padding}
 
 
 def _claim(out: Path, kind: Kind, options: TrainOptions, examples: str) -> None:
