@@ -29,6 +29,7 @@ class Verb(StrEnum):
 
 class Suite(StrEnum):
     pairs = "pairs"
+    rewardbench = "rewardbench"
 
 
 class Template(StrEnum):
@@ -136,7 +137,7 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Reward model: a folder, a hub name or a run of train reward.")],
-    data: Annotated[str, typer.Option(help="Pairs that people labelled.")],
+    data: Annotated[str, typer.Option(help="Pairs that people labelled; for rewardbench also allenai/reward-bench.")],
     out: Annotated[str, typer.Option(help="FILE.json; FILE.rows.parquet is written beside it.")],
     suite: Annotated[Suite, typer.Option(help="What is measured.")] = Suite.pairs,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the model.")] = Dtype.float32,
@@ -144,12 +145,17 @@ def evaluate(
 ) -> None:
     """Measure a reward model's accuracy."""
     from adaptrm.data.preferences import read_pairs
-    from adaptrm.evaluate import evaluate_pairs
+    from adaptrm.evaluate import evaluate_pairs, evaluate_rewardbench
+    from adaptrm.evaluate.table import for_people
     from adaptrm.reward_model import RewardModel
 
     scorer = RewardModel.from_pretrained(model, dtype.value).score_pairs
-    pairs = read_pairs(data)
-    show(evaluate_pairs(scorer, pairs, out, model=model, dtype=dtype.value, suite=suite.value), as_json)
+    named = {"model": model, "dtype": dtype.value}
+    if suite is Suite.rewardbench:
+        result = evaluate_rewardbench(scorer, data, out, **named)
+    else:
+        result = evaluate_pairs(scorer, read_pairs(data), out, **named)
+    show(result if as_json else for_people(result), as_json)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,8 +48,14 @@ def load_pairs(source: str | os.PathLike | Iterable[Mapping[str, Any]]) -> list[
     return list(read_pairs(source))
 
 
-def read_pairs(source: str | os.PathLike | Iterable[Mapping[str, Any]]) -> Iterator[Pair]:
-    """Stream pairs; of each only a hash of its id stays in memory."""
+def read_pairs(
+    source: str | os.PathLike | Iterable[Mapping[str, Any]], adapt: Callable[[Pair, str], Pair] | None = None
+) -> Iterator[Pair]:
+    """Stream pairs; of each only a hash of its id stays in memory.
+
+    Args:
+        adapt: each pair and where it stands to the pair that is used; may raise InputError.
+    """
     if isinstance(source, str | os.PathLike):
         rows, name = read_rows(source), str(source)
     else:
@@ -57,6 +63,7 @@ def read_pairs(source: str | os.PathLike | Iterable[Mapping[str, Any]]) -> Itera
     seen: set[int] = set()
     for where, row in rows:
         for pair in pairs_of_row(row, f"{name}: {where}"):
+            pair = adapt(pair, f"{name}: {where}") if adapt else pair
             key = hash_id(pair.id)
             if key in seen:
                 raise InputError(f"{name}: {where}: the id {pair.id!r} is repeated; ids must be unique")

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,26 +18,48 @@ PAIRS_AT_ONCE = 256
 RESAMPLES = 10_000
 
 
+@dataclass
+class Count:
+    """The pairs of a subset: all of them, those scored right, those scored equal (which are wrong)."""
+
+    n: int = 0
+    right: int = 0
+    ties: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.n
+
+
 def evaluate_pairs(
-    scorer: Scorer, pairs: Iterable[Pair], out: str | os.PathLike, *, model: str, dtype: str, suite: str = "pairs"
+    scorer: Scorer,
+    pairs: Iterable[Pair],
+    out: str | os.PathLike,
+    *,
+    model: str,
+    dtype: str,
+    suite: str = "pairs",
+    sections: Callable[[Mapping[str, Count]], dict[str, Any]] = lambda counts: {"sections": {}},
 ) -> dict[str, Any]:
     """Score pairs that people labelled and write ``FILE.json`` and ``FILE.rows.parquet``.
 
     The chosen response must score strictly higher: a tie counts as wrong. Pairs without ``preferred`` are skipped.
+    Pairs are streamed; what stays in memory is a count a subset.
 
     Args:
         scorer: pairs to rewards ``[pairs, 2]`` of responses A and B.
         out: ``FILE.json``.
+        sections: what a benchmark adds to the result, from the counts of each subset.
 
     Raises:
-        InputError: no pair has a preference.
+        InputError: no pair has a preference; nothing is written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not str(out).endswith(".json"):
         raise InputError(f"{out}: results are JSON; give --out FILE.json")
-    right: dict[str, list[bool]] = {}
+    counts: dict[str, Count] = {}
     skipped = 0
     schema = pa.schema([("id", pa.string()), ("subset", pa.string()), ("scores", pa.list_(pa.float32(), 2))])
     stream = iter(pairs)
@@ -56,33 +79,40 @@ def evaluate_pairs(
             flat = pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), 2)
             writer.write_table(pa.table([pa.array([p.id for p in known]), pa.array(subsets), flat], schema=schema))
             for subset, (chosen, rejected) in zip(subsets, scores, strict=True):
-                right.setdefault(subset, []).append(bool(chosen > rejected))
-        if not right:
+                count = counts.setdefault(subset, Count())
+                count.n += 1
+                count.right += int(chosen > rejected)
+                count.ties += int(chosen == rejected)
+        if not counts:  # raised in here, so that no file of rows without rows appears
             raise InputError("no pair says which response is preferred; there is nothing to measure")
-    every = [hit for hits in right.values() for hit in hits]
+    every = Count(*(sum(getattr(count, name) for count in counts.values()) for name in ("n", "right", "ties")))
     result = {
         "suite": suite,
         "model": model,
         "dtype": dtype,
-        "n": len(every),
+        "n": every.n,
         "skipped": skipped,
-        "accuracy": float(np.mean(every)),
-        "ci95": bootstrap_interval(every),
-        "sections": {},
+        "ties": every.ties,
+        "accuracy": every.accuracy,
+        "ci95": interval(resampled(every)),
+        **sections(counts),
         "subsets": {
-            name: {"n": len(hits), "accuracy": float(np.mean(hits)), "ci95": bootstrap_interval(hits)}
-            for name, hits in sorted(right.items())
+            name: {"n": count.n, "accuracy": count.accuracy, "ci95": interval(resampled(count))}
+            for name, count in sorted(counts.items())
         },
     }
     paths.write_bytes(out, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
-def bootstrap_interval(hits: list[bool], seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap interval of a share.
+def resampled(count: Count, seed: int = 0) -> np.ndarray:
+    """Bootstrap draws ``[RESAMPLES]`` of a share.
 
     Resampling n zeros and ones with replacement draws a binomial number of ones, so no row is touched twice.
     """
-    n = len(hits)
-    draws = np.random.default_rng(seed).binomial(n, np.mean(hits), RESAMPLES) / n
+    return np.random.default_rng(seed).binomial(count.n, count.accuracy, RESAMPLES) / count.n
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """The 95 % percentile interval of bootstrap draws."""
     return [float(x) for x in np.quantile(draws, (0.025, 0.975))]

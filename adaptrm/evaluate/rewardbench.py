@@ -1,0 +1,110 @@
+"""RewardBench v1 (arXiv 2403.13787): 23 subsets in four sections; a section weighs its subsets by published size."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from adaptrm.data.preferences import Pair, read_pairs
+from adaptrm.errors import InputError
+from adaptrm.evaluate.preference import Count, Scorer, evaluate_pairs, interval, resampled
+
+# The weight of each subset in its section.
+SECTIONS: dict[str, dict[str, int]] = {
+    "Chat": {
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37,
+        "llmbar-natural": 100,
+        "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
+        "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984,
+        "hep-cpp": 164,
+        "hep-go": 164,
+        "hep-java": 164,
+        "hep-js": 164,
+        "hep-python": 164,
+        "hep-rust": 164,
+    },
+}
+WEIGHTS = {subset: weight for subsets in SECTIONS.values() for subset, weight in subsets.items()}
+# The published number of pairs is the weight, but for math-prm: its 447 count as much as the 984 of code.
+PUBLISHED = WEIGHTS | {"math-prm": 447}
+HUB_NAME, SPLIT = "allenai/reward-bench", "filtered"  # the other split, raw, is not the benchmark
+
+
+def evaluate_rewardbench(
+    scorer: Scorer,
+    source: str | os.PathLike | Iterable[Mapping[str, Any]],
+    out: str | os.PathLike,
+    *,
+    model: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """Measure a scorer on RewardBench; files and arguments as in ``evaluate_pairs``.
+
+    Args:
+        source: ``allenai/reward-bench``, or rows of its columns or of ours (a file, or anything that yields rows).
+
+    Raises:
+        InputError: a row is not a pair, or its subset is none of RewardBench; names the line.
+    """
+    if source == HUB_NAME:
+        source = f"{HUB_NAME}:{SPLIT}"
+    pairs = read_pairs(source, _of_benchmark)
+    return evaluate_pairs(scorer, pairs, out, model=model, dtype=dtype, suite="rewardbench", sections=section_scores)
+
+
+def _of_benchmark(pair: Pair, where: str) -> Pair:
+    """A pair of a known subset; its bare number (the benchmark's own ids) may come again in another subset."""
+    if pair.subset not in WEIGHTS:
+        what = "has no subset" if pair.subset is None else f"{pair.subset!r} is no subset of RewardBench"
+        raise InputError(f"{where}: {what}; the subsets are {', '.join(WEIGHTS)}")
+    return replace(pair, id=f"{pair.subset}/{pair.id}") if pair.id.isdecimal() else pair
+
+
+def section_scores(counts: Mapping[str, Count]) -> dict[str, Any]:
+    """What RewardBench adds to a result, from the counts of its subsets.
+
+    A section is the mean of the accuracies of its subsets that are present, weighted by published size; overall is
+    the plain mean of the four sections, and None where one has no subset: a mean of three is another number. The
+    intervals resample each subset by itself, pairs as independent of each other.
+    """
+    draws, sections = {}, {}
+    for section, weights in SECTIONS.items():
+        if present := [subset for subset in weights if subset in counts]:
+            share = [weights[subset] for subset in present]
+            sections[section] = float(np.average([counts[subset].accuracy for subset in present], weights=share))
+            # A stream of its own for every subset, whatever others there are.
+            resamples = [resampled(counts[subset], seed=1 + list(WEIGHTS).index(subset)) for subset in present]
+            draws[section] = np.average(resamples, axis=0, weights=share)
+    missing = [section for section in SECTIONS if section not in sections]
+    found = {subset: counts[subset].n if subset in counts else 0 for subset in PUBLISHED}
+    incomplete = {subset: {"n": found[subset], "published": n} for subset, n in PUBLISHED.items() if found[subset] != n}
+    return {
+        "overall": None if missing else float(np.mean(list(sections.values()))),
+        "overall_ci95": None if missing else interval(np.mean(list(draws.values()), axis=0)),
+        "sections": sections,
+        "sections_ci95": {section: interval(draw) for section, draw in draws.items()},
+        "missing_sections": missing,
+        "complete": not incomplete,
+        "incomplete": incomplete,
+    }
