@@ -69,7 +69,7 @@ def evaluate_rewardbench(
     """
     if source == HUB_NAME:
         source = f"{HUB_NAME}:{SPLIT}"
-    pairs = read_pairs(source, _of_benchmark)
+    pairs = read_pairs(source, adapt=_of_benchmark)
     return evaluate_pairs(scorer, pairs, out, model=model, dtype=dtype, suite="rewardbench", sections=section_scores)
 
 
