@@ -144,17 +144,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a reward model's accuracy."""
-    from adaptrm.data.preferences import read_pairs
-    from adaptrm.evaluate import evaluate_pairs, evaluate_rewardbench
+    from adaptrm.evaluate import SUITES, evaluate_pairs
     from adaptrm.evaluate.table import for_people
     from adaptrm.reward_model import RewardModel
 
+    read, sections = SUITES[suite.value]
     scorer = RewardModel.from_pretrained(model, dtype.value).score_pairs
-    named = {"model": model, "dtype": dtype.value}
-    if suite is Suite.rewardbench:
-        result = evaluate_rewardbench(scorer, data, out, **named)
-    else:
-        result = evaluate_pairs(scorer, read_pairs(data), out, **named)
+    named = {"model": model, "dtype": dtype.value, "suite": suite.value}
+    result = evaluate_pairs(scorer, read(data), out, sections=sections, **named)
     show(result if as_json else for_people(result), as_json)
 
 

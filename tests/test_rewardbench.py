@@ -17,9 +17,9 @@ from adaptrm import cli
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import load_pairs
 from adaptrm.errors import InputError
-from adaptrm.evaluate import evaluate_rewardbench
+from adaptrm.evaluate import SUITES, evaluate_pairs, read_rewardbench, section_scores
 from adaptrm.evaluate.preference import Count
-from adaptrm.evaluate.rewardbench import PUBLISHED, SECTIONS, WEIGHTS, section_scores
+from adaptrm.evaluate.rewardbench import PUBLISHED, SECTIONS, WEIGHTS
 from adaptrm.evaluate.table import for_people
 from adaptrm.models import SequenceClassifier
 from adaptrm.reward_model import RewardModel
@@ -42,7 +42,8 @@ def length(pairs) -> np.ndarray:
 
 def evaluated(source, folder, scorer=reads):
     """The result, and the rows file's columns."""
-    result = evaluate_rewardbench(scorer, source, folder / "out.json", model="m", dtype="float32")
+    pairs, named = read_rewardbench(source), {"model": "m", "dtype": "float32", "suite": "rewardbench"}
+    result = evaluate_pairs(scorer, pairs, folder / "out.json", sections=section_scores, **named)
     assert json.loads((folder / "out.json").read_text()) == result
     return result, pq.read_table(folder / "out.rows.parquet").to_pydict()
 
@@ -224,6 +225,14 @@ def test_rows_of_no_benchmark_name_their_line_and_leave_nothing(tmp_path, row, m
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_pairs_that_were_read_otherwise_are_checked_too(tmp_path):
+    for subset, message in (("mt-bench-medium", "'mt-bench-medium' is no subset of"), (None, "'all' is no subset of")):
+        pairs, named = load_pairs([native(subset, 0, 2, 1)]), {"model": "m", "dtype": "float32"}
+        with pytest.raises(InputError, match=f"^pairs: {message} RewardBench"):
+            evaluate_pairs(reads, pairs, tmp_path / "out.json", sections=section_scores, **named)
+        assert not list(tmp_path.iterdir())
+
+
 def test_the_hub_name_alone_means_the_filtered_split(tmp_path):
     with pytest.raises(InputError, match="allenai/reward-bench:filtered"):  # there is no network here
         evaluated("allenai/reward-bench", tmp_path)
@@ -237,6 +246,10 @@ def tiny_reward_model(tmp_path_factory, one_device):
     raw = tiny_config().to_hf() | {"architectures": ["LlamaForSequenceClassification"]}
     save_model(folder, state, raw, ChatTokenizer.from_folder(folder), ("<|endoftext|>", 0))
     return folder
+
+
+def test_the_command_line_names_every_suite():
+    assert [suite.value for suite in cli.Suite] == list(SUITES)
 
 
 def test_by_the_command_line(tmp_path, tiny_reward_model, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from adaptrm.data.preferences import Pair
 from adaptrm.errors import InputError
 
 Scorer = Callable[[list[Pair]], np.ndarray]
+Sections = Callable[[Mapping[str, "Count"]], dict[str, Any]]
 PAIRS_AT_ONCE = 256
 RESAMPLES = 10_000
 
@@ -39,7 +40,7 @@ def evaluate_pairs(
     model: str,
     dtype: str,
     suite: str = "pairs",
-    sections: Callable[[Mapping[str, Count]], dict[str, Any]] = lambda counts: {"sections": {}},
+    sections: Sections | None = None,
 ) -> dict[str, Any]:
     """Score pairs that people labelled and write ``FILE.json`` and ``FILE.rows.parquet``.
 
@@ -52,14 +53,14 @@ def evaluate_pairs(
         sections: what a benchmark adds to the result, from the counts of each subset.
 
     Raises:
-        InputError: no pair has a preference; nothing is written.
+        InputError: no pair has a preference, or ``sections`` says so; nothing is written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not str(out).endswith(".json"):
         raise InputError(f"{out}: results are JSON; give --out FILE.json")
-    counts: dict[str, Count] = {}
+    of_subsets: dict[str, Count] = {}
     skipped = 0
     schema = pa.schema([("id", pa.string()), ("subset", pa.string()), ("scores", pa.list_(pa.float32(), 2))])
     stream = iter(pairs)
@@ -79,13 +80,15 @@ def evaluate_pairs(
             flat = pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), 2)
             writer.write_table(pa.table([pa.array([p.id for p in known]), pa.array(subsets), flat], schema=schema))
             for subset, (chosen, rejected) in zip(subsets, scores, strict=True):
-                count = counts.setdefault(subset, Count())
+                count = of_subsets.setdefault(subset, Count())
                 count.n += 1
                 count.right += int(chosen > rejected)
                 count.ties += int(chosen == rejected)
-        if not counts:  # raised in here, so that no file of rows without rows appears
+        # In here, so that what is wrong with all rows together leaves no file of rows behind.
+        if not of_subsets:
             raise InputError("no pair says which response is preferred; there is nothing to measure")
-    every = Count(*(sum(getattr(count, name) for count in counts.values()) for name in ("n", "right", "ties")))
+        in_sections = sections(of_subsets) if sections else {"sections": {}}
+    every = Count(*(sum(getattr(count, name) for count in of_subsets.values()) for name in ("n", "right", "ties")))
     result = {
         "suite": suite,
         "model": model,
@@ -95,10 +98,10 @@ def evaluate_pairs(
         "ties": every.ties,
         "accuracy": every.accuracy,
         "ci95": interval(resampled(every)),
-        **sections(counts),
+        **in_sections,
         "subsets": {
             name: {"n": count.n, "accuracy": count.accuracy, "ci95": interval(resampled(count))}
-            for name, count in sorted(counts.items())
+            for name, count in sorted(of_subsets.items())
         },
     }
     paths.write_bytes(out, (json.dumps(result, indent=2) + "\n").encode())

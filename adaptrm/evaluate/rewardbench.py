@@ -1,7 +1,7 @@
 """RewardBench v1 (arXiv 2403.13787): 23 subsets in four sections; a section weighs its subsets by published size."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.errors import InputError
-from adaptrm.evaluate.preference import Count, Scorer, evaluate_pairs, interval, resampled
+from adaptrm.evaluate.preference import Count, interval, resampled
 
 # The weight of each subset in its section.
 SECTIONS: dict[str, dict[str, int]] = {
@@ -51,15 +51,8 @@ PUBLISHED = WEIGHTS | {"math-prm": 447}
 HUB_NAME, SPLIT = "allenai/reward-bench", "filtered"  # the other split, raw, is not the benchmark
 
 
-def evaluate_rewardbench(
-    scorer: Scorer,
-    source: str | os.PathLike | Iterable[Mapping[str, Any]],
-    out: str | os.PathLike,
-    *,
-    model: str,
-    dtype: str,
-) -> dict[str, Any]:
-    """Measure a scorer on RewardBench; files and arguments as in ``evaluate_pairs``.
+def read_rewardbench(source: str | os.PathLike | Iterable[Mapping[str, Any]]) -> Iterator[Pair]:
+    """Stream the pairs of RewardBench, or of a part of it.
 
     Args:
         source: ``allenai/reward-bench``, or rows of its columns or of ours (a file, or anything that yields rows).
@@ -69,35 +62,43 @@ def evaluate_rewardbench(
     """
     if source == HUB_NAME:
         source = f"{HUB_NAME}:{SPLIT}"
-    pairs = read_pairs(source, adapt=_of_benchmark)
-    return evaluate_pairs(scorer, pairs, out, model=model, dtype=dtype, suite="rewardbench", sections=section_scores)
+    return read_pairs(source, adapt=_of_benchmark)
 
 
 def _of_benchmark(pair: Pair, where: str) -> Pair:
     """A pair of a known subset; its bare number (the benchmark's own ids) may come again in another subset."""
-    if pair.subset not in WEIGHTS:
-        what = "has no subset" if pair.subset is None else f"{pair.subset!r} is no subset of RewardBench"
-        raise InputError(f"{where}: {what}; the subsets are {', '.join(WEIGHTS)}")
+    _check_subset(pair.subset, where)
     return replace(pair, id=f"{pair.subset}/{pair.id}") if pair.id.isdecimal() else pair
 
 
-def section_scores(counts: Mapping[str, Count]) -> dict[str, Any]:
+def _check_subset(subset: str | None, where: str) -> None:
+    if subset not in WEIGHTS:
+        what = "has no subset" if subset is None else f"{subset!r} is no subset of RewardBench"
+        raise InputError(f"{where}: {what}; the subsets are {', '.join(WEIGHTS)}")
+
+
+def section_scores(of_subsets: Mapping[str, Count]) -> dict[str, Any]:
     """What RewardBench adds to a result, from the counts of its subsets.
 
     A section is the mean of the accuracies of its subsets that are present, weighted by published size; overall is
     the plain mean of the four sections, and None where one has no subset: a mean of three is another number. The
     intervals resample each subset by itself, pairs as independent of each other.
+
+    Raises:
+        InputError: a subset is none of RewardBench, so it would count in no section.
     """
+    for subset in of_subsets:
+        _check_subset(subset, "pairs")
     draws, sections = {}, {}
     for section, weights in SECTIONS.items():
-        if present := [subset for subset in weights if subset in counts]:
+        if present := [subset for subset in weights if subset in of_subsets]:
             share = [weights[subset] for subset in present]
-            sections[section] = float(np.average([counts[subset].accuracy for subset in present], weights=share))
+            sections[section] = float(np.average([of_subsets[subset].accuracy for subset in present], weights=share))
             # A stream of its own for every subset, whatever others there are.
-            resamples = [resampled(counts[subset], seed=1 + list(WEIGHTS).index(subset)) for subset in present]
+            resamples = [resampled(of_subsets[subset], seed=1 + list(WEIGHTS).index(subset)) for subset in present]
             draws[section] = np.average(resamples, axis=0, weights=share)
     missing = [section for section in SECTIONS if section not in sections]
-    found = {subset: counts[subset].n if subset in counts else 0 for subset in PUBLISHED}
+    found = {subset: of_subsets[subset].n if subset in of_subsets else 0 for subset in PUBLISHED}
     incomplete = {subset: {"n": found[subset], "published": n} for subset, n in PUBLISHED.items() if found[subset] != n}
     return {
         "overall": None if missing else float(np.mean(list(sections.values()))),

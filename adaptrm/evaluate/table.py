@@ -5,8 +5,6 @@ from typing import Any
 
 from adaptrm.evaluate.rewardbench import SECTIONS
 
-LISTED = ("suite", "model", "dtype", "n", "skipped", "ties")
-
 
 def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured and, under ``table``, the accuracies in per cent: sections, overall, subsets."""
@@ -39,7 +37,7 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
             f"Not the benchmark's own figures: {len(short)} of {len(order)} subsets differ from the published set"
             + (f"; absent: {', '.join(absent)}." if absent else ".")
         )
-    return {name: result[name] for name in LISTED} | {"table": table}
+    return {name: value for name, value in result.items() if isinstance(value, str | int)} | {"table": table}
 
 
 def _per_cent(value: float | None, ends: list[float] | None) -> tuple[str, str]:
