@@ -33,6 +33,7 @@ class Verb(StrEnum):
 
 class Suite(StrEnum):
     pairs = "pairs"
+    rewardbench = "rewardbench"
 
 
 class Template(StrEnum):
@@ -173,18 +174,20 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a reward model's accuracy."""
-    from adaptrm.data.preferences import read_pairs
     from adaptrm.data.rows import BadRows
     from adaptrm.data.truncation import Truncation
-    from adaptrm.evaluate import evaluate_pairs
+    from adaptrm.evaluate import SUITES, evaluate_pairs
+    from adaptrm.evaluate.table import for_people
     from adaptrm.reward_model import RewardModel
 
+    read, sections = SUITES[suite.value]
     reward_model = RewardModel.from_pretrained(model, dtype.value)
     bad, cut = BadRows(on_bad_row.value), Truncation(reward_model.pair_length, truncate_to)
-    pairs = map(cut, read_pairs(data, bad))
+    pairs = map(cut, read(data, bad))
     named = {"model": model, "dtype": dtype.value, "suite": suite.value}
     left = {"skipped_rows": lambda: bad.count, "truncated": lambda: cut.count}
-    show(evaluate_pairs(reward_model.score_pairs, pairs, out, counts=left, **named), as_json)
+    result = evaluate_pairs(reward_model.score_pairs, pairs, out, sections=sections, counts=left, **named)
+    show(result if as_json else for_people(result), as_json)
 
 
 @app.command()

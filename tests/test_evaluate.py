@@ -9,7 +9,8 @@ import pytest
 from adaptrm.data.preferences import Pair
 from adaptrm.errors import InputError
 from adaptrm.evaluate import evaluate_pairs, preference
-from adaptrm.evaluate.preference import bootstrap_interval
+from adaptrm.evaluate.preference import Count, interval, resampled
+from adaptrm.evaluate.table import for_people
 
 PROMPT = ({"role": "user", "content": "?"},)
 
@@ -46,12 +47,13 @@ def evaluated(pairs, folder, scorer=reads, name="out.json"):
 
 def test_accuracy_of_a_case_worked_by_hand(tmp_path):
     result, rows = evaluated(PAIRS, tmp_path)
-    assert {k: result[k] for k in ("suite", "model", "dtype", "n", "skipped", "sections")} == {
+    assert {k: result[k] for k in ("suite", "model", "dtype", "n", "skipped", "ties", "sections")} == {
         "suite": "pairs",
         "model": "m",
         "dtype": "float32",
         "n": 7,
         "skipped": 1,
+        "ties": 3,
         "sections": {},
     }
     assert result["accuracy"] == pytest.approx(3 / 7)
@@ -97,13 +99,13 @@ def test_a_batch_of_nothing_but_unlabelled_pairs_is_skipped(tmp_path, monkeypatc
 def test_interval_equals_the_binomial_one():
     stats = pytest.importorskip("scipy.stats")
     for right, n in ((704, 740), (50, 100), (3, 10), (0, 20), (20, 20)):
-        got = bootstrap_interval([True] * right + [False] * (n - right))
+        got = interval(resampled(Count(n, right)))
         exact = stats.binom.ppf([0.025, 0.975], n, right / n) / n
         # Quantiles of 10,000 draws: one count beside the exact ones at most.
         assert np.abs(got - exact).max() <= 1 / n + 1e-12
-        assert bootstrap_interval([False] * (n - right) + [True] * right) == got
+        assert interval(resampled(Count(n, right))) == got
     # METHOD.md section 4: on RewardBench's 740 Safety pairs the standard error is 0.8 points.
-    low, high = bootstrap_interval([True] * 704 + [False] * 36)
+    low, high = interval(resampled(Count(740, 704)))
     assert (high - low) / (2 * 1.96) == pytest.approx(0.008, abs=0.0005)
 
 
@@ -111,7 +113,7 @@ def test_nothing_to_measure_is_an_error(tmp_path):
     for pairs in ([], [pair("p0", 1, 2, None)]):
         with pytest.raises(InputError, match="no pair says which response is preferred"):
             evaluate_pairs(reads, pairs, tmp_path / "out.json", model="m", dtype="float32")
-        assert not (tmp_path / "out.json").exists()
+        assert not list(tmp_path.iterdir())  # the file of rows neither
 
 
 def test_results_are_json(tmp_path):
@@ -125,3 +127,23 @@ def test_rewards_that_are_not_finite_are_no_accuracy(tmp_path, value):
     with pytest.raises(InputError, match=r"^m: the reward of pair 'p1' is not finite"):
         evaluate_pairs(scorer, PAIRS[:2], tmp_path / "out.json", model="m", dtype="float32")
     assert not list(tmp_path.iterdir())
+
+
+def test_people_see_every_subset_and_no_markup(tmp_path):
+    from rich.console import Console
+
+    result, _ = evaluated([pair("p0", 2, 1, "a", "[red]x[/red]"), *PAIRS], tmp_path)
+    shown = for_people(result)
+    table = shown.pop("table")
+    assert shown == {"suite": "pairs", "model": "m", "dtype": "float32", "n": 8, "skipped": 1, "ties": 3}
+    console = Console(width=80)
+    with console.capture() as text:
+        console.print(table)
+    rows = [" ".join(line.strip("│").replace("│", " ").split()) for line in text.get().splitlines() if "│" in line]
+    assert rows[0].startswith("All pairs 8 50.0 ")
+    assert [row.split(" ", 3)[:3] for row in rows[1:]] == [
+        ["[red]x[/red]", "1", "100.0"],
+        ["all", "3", "33.3"],
+        ["chat", "3", "33.3"],
+        ["safety", "1", "100.0"],
+    ]

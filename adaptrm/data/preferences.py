@@ -50,13 +50,16 @@ def load_pairs(source: Source, on_bad_row: OnBadRow = "fail") -> list[Pair]:
     return list(read_pairs(source, BadRows(on_bad_row)))
 
 
-def read_pairs(source: Source, bad: BadRows | None = None) -> Iterator[Pair]:
+def read_pairs(
+    source: Source, bad: BadRows | None = None, adapt: Callable[[Pair, str], Pair] | None = None
+) -> Iterator[Pair]:
     """Stream pairs; of each only a hash of its id stays in memory.
 
     A row of another form than the rows before it is a bad row, and so is one whose id has come before.
 
     Args:
         bad: what becomes of bad rows; None raises.
+        adapt: each pair and where it stands to the pair that is used; may raise InputError.
     """
     bad = bad or BadRows()
     name = str(source) if isinstance(source, str | os.PathLike) else "pairs"
@@ -66,6 +69,7 @@ def read_pairs(source: Source, bad: BadRows | None = None) -> Iterator[Pair]:
         at = f"{name}: {where}"
         try:
             pairs, form = list(pairs_of_row(row, at)), form_of(row, at)
+            pairs = [adapt(pair, at) for pair in pairs] if adapt else pairs
             if form != (first or form):
                 raise InputError(f"{at}: gives {form}; the rows before give {first}: mend it, or make two files")
             keys = {hash_id(pair.id) for pair in pairs}

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -13,8 +14,22 @@ from adaptrm.data.preferences import Pair
 from adaptrm.errors import InputError
 
 Scorer = Callable[[list[Pair]], np.ndarray]
+Sections = Callable[[Mapping[str, "Count"]], dict[str, Any]]
 PAIRS_AT_ONCE = 256
 RESAMPLES = 10_000
+
+
+@dataclass
+class Count:
+    """The pairs of a subset: all of them, those scored right, those scored equal (which are wrong)."""
+
+    n: int = 0
+    right: int = 0
+    ties: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.n
 
 
 def evaluate_pairs(
@@ -25,26 +40,29 @@ def evaluate_pairs(
     model: str,
     dtype: str,
     suite: str = "pairs",
+    sections: Sections | None = None,
     counts: Mapping[str, Callable[[], int]] | None = None,
 ) -> dict[str, Any]:
     """Score pairs that people labelled and write ``FILE.json`` and ``FILE.rows.parquet``.
 
     The chosen response must score strictly higher: a tie counts as wrong. Pairs without ``preferred`` are skipped.
+    Pairs are streamed; what stays in memory is a count a subset.
 
     Args:
         scorer: pairs to rewards ``[pairs, 2]`` of responses A and B.
         out: ``FILE.json``.
+        sections: what a benchmark adds to the result, from the counts of each subset.
         counts: what else the result counts (rows that were skipped), asked when all pairs have been read.
 
     Raises:
-        InputError: no pair has a preference.
+        InputError: no pair has a preference, or ``sections`` says so; nothing is written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not str(out).endswith(".json"):
         raise InputError(f"{out}: results are JSON; give --out FILE.json")
-    right: dict[str, list[bool]] = {}
+    of_subsets: dict[str, Count] = {}
     skipped = 0
     schema = pa.schema([("id", pa.string()), ("subset", pa.string()), ("scores", pa.list_(pa.float32(), 2))])
     stream = iter(pairs)
@@ -64,34 +82,43 @@ def evaluate_pairs(
             flat = pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), 2)
             writer.write_table(pa.table([pa.array([p.id for p in known]), pa.array(subsets), flat], schema=schema))
             for subset, (chosen, rejected) in zip(subsets, scores, strict=True):
-                right.setdefault(subset, []).append(bool(chosen > rejected))
-        if not right:
+                count = of_subsets.setdefault(subset, Count())
+                count.n += 1
+                count.right += int(chosen > rejected)
+                count.ties += int(chosen == rejected)
+        # In here, so that what is wrong with all rows together leaves no file of rows behind.
+        if not of_subsets:
             raise InputError("no pair says which response is preferred; there is nothing to measure")
-    every = [hit for hits in right.values() for hit in hits]
+        in_sections = sections(of_subsets) if sections else {"sections": {}}
+    every = Count(*(sum(getattr(count, name) for count in of_subsets.values()) for name in ("n", "right", "ties")))
     result = {
         "suite": suite,
         "model": model,
         "dtype": dtype,
-        "n": len(every),
+        "n": every.n,
         "skipped": skipped,
+        "ties": every.ties,
         **{name: count() for name, count in (counts or {}).items()},
-        "accuracy": float(np.mean(every)),
-        "ci95": bootstrap_interval(every),
-        "sections": {},
+        "accuracy": every.accuracy,
+        "ci95": interval(resampled(every)),
+        **in_sections,
         "subsets": {
-            name: {"n": len(hits), "accuracy": float(np.mean(hits)), "ci95": bootstrap_interval(hits)}
-            for name, hits in sorted(right.items())
+            name: {"n": count.n, "accuracy": count.accuracy, "ci95": interval(resampled(count))}
+            for name, count in sorted(of_subsets.items())
         },
     }
     paths.write_bytes(out, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
-def bootstrap_interval(hits: list[bool], seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap interval of a share.
+def resampled(count: Count, seed: int = 0) -> np.ndarray:
+    """Bootstrap draws ``[RESAMPLES]`` of a share.
 
     Resampling n zeros and ones with replacement draws a binomial number of ones, so no row is touched twice.
     """
-    n = len(hits)
-    draws = np.random.default_rng(seed).binomial(n, np.mean(hits), RESAMPLES) / n
+    return np.random.default_rng(seed).binomial(count.n, count.accuracy, RESAMPLES) / count.n
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """The 95 % percentile interval of bootstrap draws."""
     return [float(x) for x in np.quantile(draws, (0.025, 0.975))]
