@@ -1,4 +1,4 @@
-"""Hugging Face folders of random weights, written by hand or by transformers, and what lies in them."""
+"""Hugging Face folders of random weights, by hand or by transformers, and what is read or refused of them."""
 
 import json
 import struct
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from adaptrm.errors import InputError
 from adaptrm.models import ModelConfig
 
 
@@ -106,3 +107,12 @@ def hf_model(folder, kind: str, config: ModelConfig, seed: int = 0, **extra):
                 weight += 0.2 * torch.randn_like(weight)
     model.save_pretrained(folder)
     return model
+
+
+def refusal(call, *args, **options) -> str:
+    """The message with which a call refuses its input: one readable line."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 1000, message
+    return message

@@ -257,9 +257,10 @@ def _check_tensors(folder: Folder, table: list[Key], fresh: set[str], model_type
                 f"{found.file}: {name} is {found.dtype}; weights must be one of {', '.join(DTYPES)}, not quantised"
             )
     if model_type is CausalLM and tied and "lm_head.weight" in stored:
-        head, embedding = (folder.tensors[name].read(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        # Versions of transformers differ in which of the two they take.
-        if not np.array_equal(head, embedding):
+        # Where they differ, versions of transformers do, too, in which of the two they take.
+        embedding, head = (folder.tensors[name] for name in VOCABULARY)
+        alike = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+        if not alike or not np.array_equal(*(folder.tensors[name].read(name) for name in VOCABULARY)):
             raise InputError(
                 f"{folder.path}: tie_word_embeddings is true in config.json, but lm_head.weight is stored and differs "
                 "from model.embed_tokens.weight; set it to false, or remove lm_head.weight"
