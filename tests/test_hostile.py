@@ -586,6 +586,20 @@ def test_ids_are_those_of_auto_tokenizer_whatever_the_folder_names(folder, tmp_p
     assert_as_auto_tokenizer(chat, PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved"))
 
 
+def test_what_transformers_4_cannot_read_is_not_written(folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    ChatTokenizer(tokenizer).save(tmp_path, None)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["additional_special_tokens"] == ["<|eot_id|>"] and "extra_special_tokens" not in settings
+    saved = ChatTokenizer.from_folder(tmp_path)
+    assert saved.tokenizer.convert_tokens_to_ids("<|eot_id|>") in saved.tokenizer.all_special_ids
+    assert special(saved, saved.encode_chat(chat_of("user", "<|eot_id|>"))) == [1, 2] * 5
+
+
 # --- real tokenizers ----------------------------------------------------------------------------------------------
 
 

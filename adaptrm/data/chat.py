@@ -217,6 +217,9 @@ class ChatTokenizer:
         settings = json.loads(file.read_bytes()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         for name in ("backend", "is_local", "local_files_only", "auto_map"):
             settings.pop(name, None)
+        # Nor does transformers 4 read a list under the name that transformers 5 gives it.
+        if isinstance(settings.get("extra_special_tokens"), list):
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
