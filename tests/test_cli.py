@@ -203,7 +203,7 @@ def test_dotted_options():
 LAYERS = [
     ["errors", "progress", "prefix_tree"],
     ["paths"],  # raises what errors defines
-    ["config"],  # reads through paths
+    ["config", "lock"],  # read through paths
     ["attention", "parallel"],
     ["models"],
     ["hf", "data", "rules"],

@@ -17,6 +17,7 @@ from adaptrm.data.scores import Scores, part_name, read_part, write_manifest, wr
 from adaptrm.errors import InputError
 from adaptrm.hf.load import resolve_model
 from adaptrm.judge.language_model import Judge
+from adaptrm.lock import hold
 from adaptrm.prefix_tree import choose_row_length
 from adaptrm.progress import progress
 from adaptrm.rules import RulePool
@@ -52,7 +53,7 @@ def score(job: ScoreJob) -> dict[str, Any]:
     Raises:
         InputError: an input cannot be used, or the folder holds scores of something else.
     """
-    with paths.hold(job.out):
+    with hold(job.out):
         pool = RulePool.load(job.rules)
         count = sum(1 for _ in read_pairs(job.pairs))  # every row is checked before the judge is loaded
         if not count:
