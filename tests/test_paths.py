@@ -72,10 +72,12 @@ def store(request) -> str:
     return f"{request.param}://{BUCKET}/{uuid.uuid4().hex}"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("ADAPTRM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "models"
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("ADAPTRM_CACHE", str(folder))
+        yield folder / "models"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def made(tmp_path_factory) -> Path:
         "mesh": MESH,
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
         "checkpoint": {"every_steps": 2, "keep": 2},
-        "max_steps": 4,
+        "max_steps": 8,
         "epochs": 9,
     }
     (out / "config.yaml").write_text(yaml.safe_dump({"reward": section}))
@@ -228,13 +230,15 @@ def test_a_model_is_copied_once_and_again_when_it_changes(made, store, cache):
         file.name: file.read_bytes() for file in (made / "lm").iterdir()
     }
     assert resolve_model(store) == copy
-    assert list(cache.iterdir()) == [copy]
+    copies = f"*{store.rsplit('/', 1)[1]}*"
+    assert list(cache.glob(copies)) == [copy]
     config = json.loads(paths.read_bytes(paths.join(store, "config.json"))) | {"changed": True}
     time.sleep(1)  # stores count in seconds
     paths.write_bytes(paths.join(store, "config.json"), json.dumps(config).encode())
     changed = resolve_model(store)
     assert changed != copy and json.loads((changed / "config.json").read_bytes())["changed"]
-    assert sorted(cache.iterdir()) == sorted([copy, changed])  # nothing half made is left
+    assert sorted(cache.glob(copies)) == sorted([copy, changed])
+    assert list(cache.glob("partial-*")) == []
     with pytest.raises(InputError, match=r"none: no config.json here or in export/"):
         resolve_model(paths.join(store, "none"))
     with pytest.raises(InputError, match="none: holds no files of a model or tokenizer"):
@@ -277,67 +281,79 @@ def test_only_whole_checkpoints_count(store, tmp_path):
         remote.latest(store)
 
 
-def test_the_whole_chain_on_a_store(made, store, tmp_path, monkeypatch, capsys):
-    """And the run's model, given as a relative path, is found from any folder."""
-    upload(made, store)
-    pairs, scores, labels, run = (paths.join(store, name) for name in ("pairs.jsonl", "scores", "labels.parquet", "r"))
+def labelled(store: str) -> tuple[str, ...]:
+    """Score and label the pairs of a store; gives the command that trains on them."""
+    pairs, scores, labels = (paths.join(store, name) for name in ("pairs.jsonl", "scores", "labels.parquet"))
     adaptrm("score", "--pairs", pairs, "--judge", f"{store}/lm", "--rules", f"{store}/pool.yaml", "--out", scores)
     adaptrm("label", "--scores", scores, "--out", labels, "--k", "2")
-    monkeypatch.chdir(made)
-    command = ("train", "reward", f"{store}/config.yaml", "--data", pairs, "--labels", labels, "--out", run)
-    adaptrm(*command, "--model", "lm")
-    before = paths.read_bytes(f"{run}/metrics.jsonl")
-    monkeypatch.chdir(tmp_path)
-    adaptrm(*command, "--model", os.path.relpath(made / "lm"))  # a finished run changes nothing
-    assert paths.read_bytes(f"{run}/metrics.jsonl") == before and before.count(b"\n") == 4
-    assert paths.names(run) == ["checkpoints", "config.yaml", "examples.sha256", "export", "metrics.jsonl"]
-    assert sorted(remote._steps(f"{run}/checkpoints")) == [2, 4]
-    adaptrm("evaluate", run, "--data", pairs, "--out", f"{store}/results.json")
+    run = f"{store}/run"
+    return ("train", "reward", f"{store}/config.yaml", "--data", pairs, "--labels", labels, "--out", run, "--model")
+
+
+def used(store: str, capsys) -> None:
+    """Evaluate and export a finished run."""
+    adaptrm("evaluate", f"{store}/run", "--data", f"{store}/pairs.jsonl", "--out", f"{store}/results.json")
     assert json.loads(paths.read_bytes(f"{store}/results.json"))["n"] == 12
     capsys.readouterr()
-    adaptrm("export", run, f"{store}/out", "--verify", "--json")
+    adaptrm("export", f"{store}/run", f"{store}/out", "--verify", "--json")
     assert json.loads(capsys.readouterr().out)["verified_by"]["adaptrm"] <= 1e-5
-    # Over an earlier model of ours, and not over something else.
+
+
+def losses(run: str) -> list[dict]:
+    lines = map(json.loads, paths.read_bytes(f"{run}/metrics.jsonl").splitlines())
+    return [{k: v for k, v in line.items() if not k.endswith("per_second")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made) -> str:
+    """A store in memory with a run that nothing interrupted; its model was given as a path of another folder."""
+    store = upload(made, f"memory://{BUCKET}/{uuid.uuid4().hex}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        adaptrm(*labelled(store), "lm")
+    return store
+
+
+def test_the_whole_chain_in_memory(uninterrupted, made, monkeypatch, capsys):
+    store, run = uninterrupted, f"{uninterrupted}/run"
+    before = losses(run)
+    assert [line["step"] for line in before] == list(range(1, 9))
+    assert paths.names(run) == ["checkpoints", "config.yaml", "examples.sha256", "export", "metrics.jsonl"]
+    assert sorted(remote._steps(f"{run}/checkpoints")) == [6, 8]
+    used(store, capsys)
+    # A finished run started again changes nothing; its model is the same one, seen from elsewhere.
+    monkeypatch.chdir(made / "lm")
+    options = {"data.pairs": f"{store}/pairs.jsonl", "data.labels": f"{store}/labels.parquet"}
+    train("reward", load_options(f"{store}/config.yaml", "reward", options | {"model.pretrained": "../lm"}), run)
+    assert losses(run) == before
+    # An export goes over an earlier model of ours, and not over something else.
     assert export_run(run, f"{store}/out") == {}
     with pytest.raises(InputError, match="holds something that adaptrm did not write"):
         export_run(run, f"{store}/lm")
     with pytest.raises(InputError, match="is not empty and not a model folder"):
-        export_run(run, scores)
-    # A run that has not ended gives its latest checkpoint.
-    finished = RewardModel.from_pretrained(run).score_pairs(tiny_pairs(2))
-    paths.remove(f"{run}/export", ["config.json"])
-    np.testing.assert_array_equal(RewardModel.from_pretrained(run).score_pairs(tiny_pairs(2)), finished)
+        export_run(run, f"{store}/scores")
 
 
-def test_killed_and_started_again_a_remote_run_gives_the_same_losses(made, s3, tmp_path, monkeypatch):
+def test_the_whole_chain_on_s3_with_a_kill_in_the_middle(uninterrupted, made, s3, monkeypatch, capsys):
+    """Killed and started again, the run has the losses and weights of the one in memory, bit for bit."""
     store = upload(made, f"s3://{BUCKET}/{uuid.uuid4().hex}")
     run = f"{store}/run"
-    changes = {"data.pairs": f"{store}/pairs.jsonl", "data.labels": "human", "model.pretrained": f"{store}/lm"}
-    changes |= {"max_steps": 8, "checkpoint.keep": 1}
-    options = load_options(f"{store}/config.yaml", "reward", changes)
-    train("reward", options, tmp_path / "whole")
-    # The command computes as this process does.
-    monkeypatch.setattr(commands, "ENV", dict(os.environ))
+    command = (*labelled(store), f"{store}/lm")
+    monkeypatch.setattr(commands, "ENV", dict(os.environ))  # it computes as this process does
     monkeypatch.setattr(commands, "QUICK", {})
-    given = [part for key, value in changes.items() for part in (f"--{key}", value)]
-    kill_when(
-        lambda: remote.latest(f"{run}/checkpoints") is not None,
-        *("train", "reward", f"{store}/config.yaml", "--out", run, *given),
-    )
+    kill_when(lambda: remote.latest(f"{run}/checkpoints") is not None, *command)
     assert 0 < remote.latest(f"{run}/checkpoints") < 8
     assert ".lock" in paths.names(run) and "export" not in paths.names(run)
+    # What has not ended gives its latest checkpoint.
+    assert np.isfinite(RewardModel.from_pretrained(run).score_pairs(tiny_pairs(2))).all()
     monkeypatch.setattr(lock, "LEASE", 2.0)
-    train("reward", options, run)
-
-    def losses(text: bytes) -> list[dict]:
-        lines = map(json.loads, text.splitlines())
-        return [{k: v for k, v in line.items() if not k.endswith("per_second")} for line in lines]
-
-    whole = tmp_path / "whole"
-    assert losses(paths.read_bytes(f"{run}/metrics.jsonl")) == losses((whole / "metrics.jsonl").read_bytes())
-    weights = "export/model.safetensors"
-    assert paths.read_bytes(f"{run}/{weights}") == (whole / weights).read_bytes()
-    assert list(remote._steps(f"{run}/checkpoints")) == [8] and ".lock" not in paths.names(run)
+    adaptrm(*command)
+    assert ".lock" not in paths.names(run)
+    assert sorted(remote._steps(f"{run}/checkpoints")) == [6, 8]
+    assert losses(run) == losses(f"{uninterrupted}/run")
+    weights = "run/export/model.safetensors"
+    assert paths.read_bytes(f"{store}/{weights}") == paths.read_bytes(f"{uninterrupted}/{weights}")
+    used(store, capsys)
 
 
 def test_several_processes_need_a_folder_that_they_share(made, monkeypatch):
