@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import conversation_tree
 from adaptrm.hf.load import load_weights, open_folder
@@ -47,8 +46,8 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, check: bool = Fal
     """
     start = open_run(run)
     mesh = make_mesh()
-    definition, params = start.checkpoint(paths.local(run), mesh)
-    save_model(paths.local(out), params, start.raw, start.chat, start.pad, start.name)
+    definition, params = start.checkpoint(run, mesh)
+    save_model(out, params, start.raw, start.chat, start.pad, start.name)
     if not check:
         return {}
     pad_id = start.pad[1] if start.kind == "reward" else None

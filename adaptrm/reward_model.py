@@ -53,12 +53,12 @@ class RewardModel:
             InputError: the folder cannot be used.
         """
         mesh = mesh or local_mesh()
-        run = paths.local(model_dir)
-        if (run / "config.yaml").is_file() and not (run / "export" / "config.json").is_file():
-            start = open_run(run)
+        whole = paths.join(model_dir, "export", "config.json")
+        if paths.exists(paths.join(model_dir, "config.yaml")) and not paths.exists(whole):
+            start = open_run(model_dir)
             if start.kind != "reward":
-                raise InputError(f"{run}: is a run of train {start.kind}, not of train reward")
-            definition, params = start.checkpoint(run, mesh)
+                raise InputError(f"{model_dir}: is a run of train {start.kind}, not of train reward")
+            definition, params = start.checkpoint(model_dir, mesh)
             params = jax.tree.map(lambda x: x.astype(dtype), params)
             return cls(definition, params, start.raw, start.chat, start.pad, dtype, mesh)
         folder = open_folder(model_dir)

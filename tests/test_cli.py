@@ -214,7 +214,7 @@ def test_dotted_options():
 LAYERS = [
     ["errors", "progress", "prefix_tree"],
     ["paths", "yaml_text"],  # raise what errors defines
-    ["config"],  # reads through both
+    ["config", "lock"],  # read through them
     ["attention", "parallel"],
     ["models"],
     ["hf", "data", "rules"],

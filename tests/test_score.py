@@ -11,7 +11,7 @@ from adaptrm.data.scores import read_parts
 from adaptrm.errors import InputError
 from adaptrm.judge import Judge
 from adaptrm.judge.score import ScoreJob, dry_run, score
-from adaptrm.paths import hold
+from adaptrm.lock import hold
 
 PAIRS, PART = 40, 4
 

@@ -17,9 +17,9 @@ from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
 from adaptrm.hf.load import load_weights, open_folder
+from adaptrm.lock import hold
 from adaptrm.models import SequenceClassifier
 from adaptrm.parallel import make_mesh
-from adaptrm.paths import hold
 from adaptrm.reward_model import RewardModel
 from adaptrm.train.examples import reward_examples
 from adaptrm.train.loop import TrainingFailed, device_batches

@@ -13,7 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
+from adaptrm import paths
 from adaptrm.errors import InputError
+from adaptrm.hf.cache import local_copy
 from adaptrm.hf.keys import Key, key_table
 from adaptrm.models.config import ModelConfig, label_count, read_json
 from adaptrm.models.decoder import CausalLM, SequenceClassifier
@@ -28,8 +30,13 @@ def resolve_model(model: str | os.PathLike) -> Path:
     """The local folder of MODEL: a Hugging Face folder, a run of ours (its ``export/``), or a hub name.
 
     Raises:
-        InputError: there is no such folder, or the hub cannot be reached.
+        InputError: there is no such folder, or the hub or the store cannot be reached.
     """
+    if not paths.is_local(model):
+        for candidate in (model, paths.join(model, "export")):
+            if paths.exists(paths.join(candidate, "config.json")):
+                return local_copy(candidate)
+        raise InputError(f"{model}: no config.json here or in export/; give a Hugging Face folder or a finished run")
     folder = Path(model)
     for candidate in (folder, folder / "export"):
         if (candidate / "config.json").is_file():

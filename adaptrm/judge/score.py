@@ -19,6 +19,7 @@ from adaptrm.errors import InputError
 from adaptrm.judge.language_model import Judge
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.judge.table import PREFIX, Table
+from adaptrm.lock import hold
 from adaptrm.prefix_tree import choose_row_length
 from adaptrm.progress import progress
 from adaptrm.rules import RulePool
@@ -83,7 +84,7 @@ def score(job: ScoreJob) -> dict[str, Any]:
     Raises:
         InputError: an input cannot be used, or the folder holds scores of something else.
     """
-    with paths.hold(job.out):
+    with hold(job.out):
         pool = RulePool.load(job.rules)
         bad = BadRows(job.on_bad_row)
         count = sum(1 for _ in read_pairs(job.pairs, bad))  # every row is checked before the judge is loaded

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -9,26 +12,45 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from adaptrm import paths
 from adaptrm.errors import InputError
+from adaptrm.train import remote
 from adaptrm.train.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
-    """The ``checkpoints/`` folder of a run; each holds parameters, optimizer state and the data position."""
+    """The ``checkpoints/`` folder of a run; each holds parameters, optimizer state and the data position.
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 1):
-        self.folder = Path(folder).absolute()
+    At a remote address Orbax writes to a temporary folder here, and what is whole is copied up by a thread of its own.
+
+    Args:
+        training: False to read the parameters alone.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep: int = 1, training: bool = True):
+        self.folder, self._keep = folder, keep
+        self._ends, self._sender = ExitStack(), None
+        self._sent: Future | None = None
+        if paths.is_local(folder):
+            self._here = Path(folder).absolute()
+        else:
+            self._here = Path(self._ends.enter_context(tempfile.TemporaryDirectory(prefix="adaptrm-")))
+            if (step := remote.latest(folder)) is not None:
+                remote.bring(folder, step, self._here, training)
+            self._sender, keep = self._ends.enter_context(ThreadPoolExecutor(1)), 1
         self._checkpointer = ocp.training.Checkpointer(
-            self.folder, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+            self._here, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
         )
+        self._ends.callback(self._checkpointer.close)
+        self._ends.callback(self._wait)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        self._checkpointer.close()
+        self._ends.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -37,7 +59,19 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState) -> None:
         """Save in the background; the checkpoint counts once it is whole."""
-        self._checkpointer.save_checkpointables_async(step, _plain(state), force=True)
+        self._wait()
+        saved = self._checkpointer.save_checkpointables_async(step, _plain(state), force=True)
+        if self._sender is not None:
+            self._sent = self._sender.submit(self._send, saved, step)
+
+    def _send(self, saved, step: int) -> None:
+        saved.result()
+        remote.send(self._here, self.folder, step, self._keep)
+
+    def _wait(self) -> None:
+        """Wait until the checkpoint before has been copied up, so that it is not deleted here before that."""
+        if self._sent is not None:
+            self._sent.result()
 
     def restore(self, like: TrainState) -> TrainState:
         """The latest state, onto the shardings of ``like``."""

@@ -1,14 +1,16 @@
 """The training loop: batches in, metrics out one step late, checkpoints on the way."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import nullcontext
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from adaptrm import paths
 from adaptrm.config import TrainOptions
 from adaptrm.data.pipeline import RowSource, TreeStore, batches
 from adaptrm.data.plan import Plan
@@ -49,7 +51,7 @@ def run_steps(
     mesh: Mesh,
     options: TrainOptions,
     steps: int,
-    out: Path,
+    out: str | os.PathLike,
     unit: str,
 ) -> TrainState:
     """Train up to ``steps``, from where the newest checkpoint stands.
@@ -60,14 +62,14 @@ def run_steps(
     Raises:
         TrainingFailed: a loss or gradient is not finite.
     """
-    with Checkpoints(out / "checkpoints", options.checkpoint.keep) as checkpoints:
+    with Checkpoints(paths.join(out, "checkpoints"), options.checkpoint.keep) as checkpoints:
         _check_shared(out, checkpoints.latest_step)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
         start = int(state.step)
         first = jax.process_index() == 0
-        log = MetricsLog(out / "metrics.jsonl", start) if first else None
-        with jax.set_mesh(mesh), progress("train", "steps", steps - start, first) as shown:
+        logged = MetricsLog(paths.join(out, "metrics.jsonl"), start) if first else nullcontext()
+        with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps - start, first) as shown:
             pending, clock = None, time.perf_counter()
             feed = device_batches(store, plan, mesh, start, steps)
             for number in range(start + 1, steps + 1):
@@ -79,13 +81,13 @@ def run_steps(
                 if number % options.checkpoint.every_steps == 0 or number == steps:
                     clock = _report(*pending, plan, options, log, shown, clock, unit)
                     pending = None
+                    if log is not None:  # before the checkpoint: what goes on from it has every line up to it
+                        log.flush()
                     checkpoints.save(number, state)
-            if log is not None:
-                log.close()
     return state
 
 
-def _check_shared(out: Path, latest: int | None) -> None:
+def _check_shared(out: str | os.PathLike, latest: int | None) -> None:
     """Raise where processes see other checkpoints: they would wait for each other for ever."""
     if jax.process_count() > 1:
         try:

@@ -1,31 +1,45 @@
 """``metrics.jsonl``: one line a logged step, cut on resume so that no step stands twice."""
 
+import io
 import json
 import os
-from pathlib import Path
 from typing import Any
+
+from adaptrm import paths
 
 
 class MetricsLog:
-    """Appends lines to a run's metrics.
+    """Appends lines to a run's metrics; an object store, which cannot append, gets them all at each ``flush``.
 
     Args:
         start: the run goes on after this step; later lines of an earlier attempt are cut.
     """
 
     def __init__(self, path: str | os.PathLike, start: int):
-        self._path = Path(path)
-        kept = [line for line in self._lines() if line["step"] <= start]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self._path)
-        self._stream = self._path.open("a", encoding="utf-8")
+        self._path = path
+        kept = "".join(json.dumps(line) + "\n" for line in self._lines() if line["step"] <= start)
+        paths.write_bytes(path, kept.encode())
+        if paths.is_local(path):
+            self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - for as long as the run
+        else:
+            self._stream = io.StringIO()
+            self._stream.write(kept)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None or issubclass(
+            kind, Exception
+        ):  # not where the run was told to stop: others may hold the folder
+            self.flush()
+        self._stream.close()
 
     def _lines(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
+        if not paths.exists(self._path):
             return []
         lines = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in paths.read_bytes(self._path).decode().splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:  # the line that a killed process was writing
@@ -36,5 +50,7 @@ class MetricsLog:
         self._stream.write(json.dumps(line) + "\n")
         self._stream.flush()
 
-    def close(self) -> None:
-        self._stream.close()
+    def flush(self) -> None:
+        """Bring a store's copy up to date."""
+        if not paths.is_local(self._path):
+            paths.write_bytes(self._path, self._stream.getvalue().encode())

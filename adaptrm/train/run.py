@@ -3,7 +3,6 @@
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +14,10 @@ from adaptrm.config import TrainOptions, parse_options, to_yaml
 from adaptrm.data.chat import ChatTokenizer, choose_pad_token, pad_can_end
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
+from adaptrm.hf.cache import local_copy
 from adaptrm.hf.load import Folder, abstract_model, load_weights, open_folder
 from adaptrm.judge.prompts import JudgePrompt
+from adaptrm.lock import hold
 from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
 from adaptrm.parallel import make_mesh
 from adaptrm.progress import say
@@ -53,8 +54,10 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         TrainingFailed: a loss or gradient is not finite.
     """
     first = jax.process_index() == 0
-    out = paths.local(out)
-    with paths.hold(out) if first else nullcontext():
+    if jax.process_count() > 1 and not paths.is_local(out):
+        raise InputError(f"{out}: several processes write one run together; give a folder that all of them share")
+    options = _from_anywhere(options)
+    with hold(out) if first else nullcontext():
         if first:
             _check_claim(out, kind, options)
         mesh = _mesh(options)
@@ -79,22 +82,37 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             _check_examples(out, store.digest)
             _claim(out, kind, options, store.digest)
         state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, UNITS[kind])
-        save_model(out / "export", state.params, start.raw, start.chat, start.pad, start.name)
+        save_model(paths.join(out, "export"), state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     made = {"run": str(out), "steps": steps, UNITS[kind]: len(store), **left}
     return made | {"parameters": count, "padding": plan.padding}
 
 
-def _claim(out: Path, kind: Kind, options: TrainOptions, examples: str) -> None:
+def _from_anywhere(options: TrainOptions) -> TrainOptions:
+    """Local paths from the root on, so that a run goes on and is exported from any working folder."""
+
+    def placed(path: str | None, found=os.path.isfile) -> str | None:
+        is_name = path is None or path == "human"  # as is what cannot be found: of the hub, of a pool
+        return path if is_name or not found(path) else os.path.abspath(path)
+
+    model, data, scratch = options.model, options.data, options.model.scratch
+    if scratch is not None:
+        scratch = replace(scratch, tokenizer=placed(scratch.tokenizer, os.path.isdir))
+    model = replace(model, pretrained=placed(model.pretrained, os.path.isdir), scratch=scratch)
+    data = replace(data, pairs=placed(data.pairs), labels=placed(data.labels), rules=placed(data.rules))
+    return replace(options, model=model, data=data)
+
+
+def _claim(out: str | os.PathLike, kind: Kind, options: TrainOptions, examples: str) -> None:
     """Write down what this run is: its options and the hash of its examples."""
     for name, content in (("config.yaml", to_yaml(kind, options)), (EXAMPLES, examples + "\n")):
-        paths.write_bytes(out / name, content.encode())
+        paths.write_bytes(paths.join(out, name), content.encode())
 
 
-def _check_claim(out: Path, kind: Kind, options: TrainOptions) -> None:
+def _check_claim(out: str | os.PathLike, kind: Kind, options: TrainOptions) -> None:
     """Raise where the folder holds another run than this one."""
-    file = out / "config.yaml"
-    if not file.exists():
+    file = paths.join(out, "config.yaml")
+    if not paths.exists(file):
         return
     stored_kind, stored = _read_run(file)
     mine = read_yaml(to_yaml(kind, options), "options")[kind]
@@ -105,23 +123,24 @@ def _check_claim(out: Path, kind: Kind, options: TrainOptions) -> None:
             raise InputError(f"{out}: holds a run with another {key}; give another --out, or delete the folder")
 
 
-def _check_examples(out: Path, examples: str) -> None:
+def _check_examples(out: str | os.PathLike, examples: str) -> None:
     """Raise where a run would go on with other data than it began with."""
-    file = out / EXAMPLES
-    if file.exists() and file.read_text().strip() != examples:
+    file = paths.join(out, EXAMPLES)
+    if paths.exists(file) and paths.read_bytes(file).decode("utf-8", "replace").strip() != examples:
         raise InputError(
             f"{out}: pairs, labels, rules or tokenizer have changed since this run began; give another --out"
         )
 
 
-def _read_run(file: Path) -> tuple[Kind, dict[str, Any]]:
+def _read_run(file: str) -> tuple[Kind, dict[str, Any]]:
     """Kind and section of a run's config.yaml."""
+    text = paths.read_bytes(file)
     try:
-        stored = read_yaml(file.read_bytes(), str(file))
+        stored = read_yaml(text, file)
         ((kind, section),) = stored.items()
         if kind not in MODEL_TYPES or not isinstance(section, dict):
             raise ValueError(kind)
-    except (AttributeError, ValueError, OSError):  # InputError is a ValueError
+    except (AttributeError, ValueError):  # InputError is a ValueError
         raise InputError(f"{file}: not the config of a run; delete the folder, or give another one") from None
     return kind, section
 
@@ -175,12 +194,12 @@ class Start:
         options = dict(dtype="float32", new_head_seed=seed, vocab_size=vocab)
         return load_weights(self.folder, model_type, mesh, **options)[:2]
 
-    def checkpoint(self, run: Path, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+    def checkpoint(self, run: str | os.PathLike, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
         """Definition and parameters of a run's latest checkpoint."""
         definition, abstract = abstract_model(MODEL_TYPES[self.kind], self.config)
         places = param_shardings(definition, abstract, mesh)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
-        with Checkpoints(run / "checkpoints") as checkpoints:
+        with Checkpoints(paths.join(run, "checkpoints"), training=False) as checkpoints:
             if checkpoints.latest_step is None:
                 raise InputError(f"{run}: has no whole checkpoint yet; start the same adaptrm train again")
             return definition, checkpoints.restore_params(like)
@@ -192,8 +211,8 @@ def open_run(run: str | os.PathLike) -> Start:
     Raises:
         InputError: this is not a run folder.
     """
-    file = paths.local(run) / "config.yaml"
-    if not file.is_file():
+    file = paths.join(run, "config.yaml")
+    if not paths.exists(file):
         raise InputError(f"{run}: no config.yaml; this is not a run folder of adaptrm train")
     kind, section = _read_run(file)
     return start_of(kind, parse_options(section, f"{file}: {kind}"))
@@ -204,7 +223,7 @@ def start_of(kind: Kind, options: TrainOptions) -> Start:
     if (options.model.pretrained is None) == (options.model.scratch is None):
         raise InputError("give one of model.pretrained (--model) and model.scratch")
     if (scratch := options.model.scratch) is not None:
-        chat = ChatTokenizer.from_folder(scratch.tokenizer)
+        chat = ChatTokenizer.from_folder(local_copy(scratch.tokenizer))
         pad = _pad(kind, chat, None)
         sizes = {k: v for k, v in asdict(scratch).items() if k != "tokenizer"}
         # Tied, as small models are: their vocabulary would be most of their parameters.

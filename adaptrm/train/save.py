@@ -1,6 +1,7 @@
 """A trained model as a Hugging Face folder that other tools read."""
 
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -50,36 +51,37 @@ def save_model(
     flat = dict(nnx.to_flat_state(params))
     embedding, head = flat[("model", "embed_tokens", "weight")], flat.get(("score", "weight"))
     if jax.process_index() == 0:
-        _clear(Path(out))
-    save_weights(params, out)
-    if jax.process_index() > 0:
-        return
-    dtype = str(embedding.dtype)
-    fields = {"vocab_size": embedding.shape[0], "torch_dtype": dtype}
-    if pad[1] is not None:
-        fields["pad_token_id"] = pad[1]
-    chat.save(out, pad[0])
-    paths.write_bytes(paths.join(out, "README.md"), _card(head is not None, base_model, dtype, pad).encode())
-    # Last: a folder with a config.json is a whole one.
-    write_json(Path(out) / "config.json", model_config(raw, None if head is None else head.shape[0], **fields))
+        _clear(out)
+    with paths.filling(out, last="config.json") as folder:
+        save_weights(params, folder)
+        if jax.process_index() > 0:
+            return
+        dtype = str(embedding.dtype)
+        fields = {"vocab_size": embedding.shape[0], "torch_dtype": dtype}
+        if pad[1] is not None:
+            fields["pad_token_id"] = pad[1]
+        chat.save(folder, pad[0])
+        paths.write_bytes(folder / "README.md", _card(head is not None, base_model, dtype, pad).encode())
+        # Last: a folder with a config.json is a whole one.
+        write_json(folder / "config.json", model_config(raw, None if head is None else head.shape[0], **fields))
 
 
-def _clear(out: Path) -> None:
+def _clear(out: str | os.PathLike) -> None:
     """Remove an earlier model of ours, its config first: without one a folder does not pass for whole.
 
     Raises:
         InputError: the folder holds something else.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    found = paths.names(out)
+    if not found and not paths.exists(out):
         return
-    card, whole = out / "README.md", (out / "config.json").exists()
-    by_us = card.is_file() and MARK in card.read_text("utf-8") if whole else out.is_dir()
-    if not by_us:
+    card, whole = paths.join(out, "README.md"), "config.json" in found
+    if not paths.is_dir(out) or (whole and not ("README.md" in found and MARK.encode() in paths.read_bytes(card))):
         raise InputError(f"{out}: holds something that adaptrm did not write; give another folder")
-    if not whole and not all(_ours(file.name) for file in out.iterdir()):
+    if not whole and not all(map(_ours, found)):
         raise InputError(f"{out}: is not empty and not a model folder; give another one")
-    for file in (out / "config.json", out / "model.safetensors.index.json", *out.glob("model*.safetensors*")):
-        file.unlink(missing_ok=True)
+    weights = [name for name in found if fnmatch(name, "model*.safetensors*")]
+    paths.remove(out, ["config.json", "model.safetensors.index.json", *weights])
 
 
 def _ours(name: str) -> bool:
