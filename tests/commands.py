@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from adaptrm import cli
+
 ADAPTRM = str(Path(sys.executable).parent / "adaptrm")
 # One device a process: these tests are about processes, and eight devices would only be slower.
 ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -27,6 +31,15 @@ def adaptrm(
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def in_process(monkeypatch, capsys, *args: Any) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["adaptrm", *map(str, args)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    code = left.value.code
+    return (0 if code is None else code, *capsys.readouterr())
 
 
 def kill_when(ready: Callable[[], bool], *args: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import in_process
 
 import adaptrm
 from adaptrm import cli
@@ -79,15 +80,6 @@ def test_every_verb_explains_itself(help_pages):
         assert not bare, f"{name}: {bare} have no help"
 
 
-def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of ``adaptrm ARGUMENTS``, in this process."""
-    monkeypatch.setattr(sys, "argv", ["adaptrm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    code = left.value.code
-    return (0 if code is None else code, *capsys.readouterr())
-
-
 POOL = "name: n\nversion: 1\nrules:\n- {id: a, category: c, text: The response is kind.}\n"
 GOOD = '{"id": "p0", "prompt": "?", "response_a": "a", "response_b": "b", "preferred": "a"}\n'
 
@@ -133,7 +125,7 @@ EVALUATE = ("evaluate", "--data", "{0}/pairs.jsonl", "--out", "{0}/out.json")
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, files, arguments, message):
-    code, out, err = run(monkeypatch, capsys, *(a.format(files) for a in arguments))
+    code, out, err = in_process(monkeypatch, capsys, *(a.format(files) for a in arguments))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert err.startswith(f"adaptrm: {message.format(files)}")
@@ -144,7 +136,7 @@ def test_a_message_of_several_lines_is_printed_as_one(monkeypatch, capsys):
         raise InputError("first\n  second")
 
     monkeypatch.setattr(cli, "app", fails)
-    assert run(monkeypatch, capsys) == (2, "", "adaptrm: first   second\n")
+    assert in_process(monkeypatch, capsys) == (2, "", "adaptrm: first   second\n")
 
 
 def test_faults_of_ours_are_not_hidden(monkeypatch):
@@ -163,7 +155,7 @@ def test_training_that_failed_is_exit_code_1_and_one_line(monkeypatch, capsys):
         raise TrainingFailed("step 3: not finite")
 
     monkeypatch.setattr(cli, "app", fails)
-    assert run(monkeypatch, capsys) == (1, "", "adaptrm: step 3: not finite\n")
+    assert in_process(monkeypatch, capsys) == (1, "", "adaptrm: step 3: not finite\n")
 
 
 def test_a_wrong_command_fails_in_a_process_of_its_own():
@@ -183,11 +175,11 @@ def test_json_is_printed_alone(monkeypatch, capsys, files):
     write_manifest(files / "scores", manifest)
     write_part(files / "scores", 0, Scores(["p0"], ["a"], one, -one, one, one, one, one, one))
     command = ("label", "--scores", files / "scores", "--k", "1", "--out", files / "labels.jsonl")
-    code, out, _ = run(monkeypatch, capsys, *command, "--json")
+    code, out, _ = in_process(monkeypatch, capsys, *command, "--json")
     result = json.loads(out)
     assert code == 0
     assert (result["labelled"], result["agreement"], result["labels"]) == (1, 1.0, str(files / "labels.jsonl"))
-    code, out, _ = run(monkeypatch, capsys, *command)
+    code, out, _ = in_process(monkeypatch, capsys, *command)
     assert code == 0 and "agreement" in out and "{" not in out
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from adaptrm import paths
-from adaptrm.data.preferences import Pair, hash_id, read_rows
+from adaptrm.data.preferences import Pair, hash_id
+from adaptrm.data.rows import read_rows
 from adaptrm.data.scores import Scores
 from adaptrm.errors import InputError
 from adaptrm.rules import RulePool
