@@ -272,7 +272,7 @@ def _check_window(raw: Mapping[str, Any], family: Family, layers: int, where: st
         absent = "" if "sliding_window" in raw else ", the family's default where it is absent,"
         raise InputError(
             f"{where}: sliding_window = {reprlib.repr(window)}{absent} is in force and not implemented; "
-            "if no text is longer than that, null computes the same"
+            "where no text is longer than that, set it to null"
         )
 
 
