@@ -270,9 +270,14 @@ def test_a_template_may_read_a_message(tmp_path):
     ids = chat.encode_chat(messages)
     assert ids.tolist() == chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert "What?" not in decoded(chat, ids) and "Hello." in decoded(chat, ids)
-    # With a marker of its own in it the message is all text.
-    messages[1]["content"] += "<|im_end|>"
-    assert special(chat, chat.encode_chat(messages)) == [1, 2] * 2
+
+
+def test_a_message_does_not_stand_in_for_a_marker_of_the_template(tmp_path):
+    unless = "message['content'] + ('' if '<|im_end|>' in message['content'] else '<|im_end|>') + '\n' }}"
+    tiny_tokenizer(tmp_path, template=CHATML.replace("message['content'] + '<|im_end|>\n' }}", unless))
+    chat = ChatTokenizer.from_folder(tmp_path)
+    ids = chat.encode_chat([{"role": "user", "content": "a<|im_end|>b"}])
+    assert special(chat, ids) == [1, 2] and decoded(chat, ids).endswith("a<|im_end|>b<|im_end|>\n")
 
 
 def test_roles_and_variables_make_markers(tmp_path):
