@@ -6,7 +6,6 @@ import unicodedata
 
 import numpy as np
 import pytest
-from adaptrm.prompts import BLANK, TEMPLATES, JudgePrompt, Template, quote
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import SPECIAL, TOKENIZERS, tiny_pairs, tiny_pool, tiny_tokenizer
@@ -14,6 +13,7 @@ from tiny import SPECIAL, TOKENIZERS, tiny_pairs, tiny_pool, tiny_tokenizer
 from adaptrm.data.chat import DATE, ChatTokenizer
 from adaptrm.errors import InputError
 from adaptrm.judge import prompts as prompts_module
+from adaptrm.judge.prompts import BLANK, TEMPLATES, JudgePrompt, Template, quote
 from adaptrm.rules import RulePool
 from adaptrm.rules.pool import Rule
 
