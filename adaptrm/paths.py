@@ -31,7 +31,7 @@ def join(folder: str | os.PathLike, *names: str) -> str:
 
 
 @contextmanager
-def _told(path: str | os.PathLike, failed: str, mend: str) -> Iterator[None]:
+def told(path: str | os.PathLike, failed: str, mend: str) -> Iterator[None]:
     """One line for whatever the calls inside raise; botocore, aiohttp and google have exceptions of their own."""
     try:
         yield
@@ -52,7 +52,7 @@ def _split(path: str | os.PathLike):
     """The file system of a path, and the path in it."""
     kind = str(path).partition("://")[0]
     extra = f"pip install 'adaptrm[{EXTRAS[kind]}]'" if kind in EXTRAS else "install the package for such addresses"
-    with _told(path, "cannot be reached", "check the address and the credentials"):
+    with told(path, "cannot be reached", "check the address and the credentials"):
         try:
             fs, inner = fsspec.core.url_to_fs(str(path))
         except ImportError as missing:
@@ -66,7 +66,7 @@ def _split(path: str | os.PathLike):
 def _kind(path: str | os.PathLike) -> str | None:
     """``file``, ``directory``, ``other``, or None where there is nothing."""
     fs, inner = _split(path)
-    with _told(path, *READ):
+    with told(path, *READ):
         try:
             return fs.info(inner)["type"]
         except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no store has such a name
@@ -84,7 +84,7 @@ def is_dir(path: str | os.PathLike) -> bool:
 def make_dir(path: str | os.PathLike) -> None:
     """Make a folder; a clear line where it cannot be made or a file is in the way. Stores have none to make."""
     if is_local(path):  # s3fs would make a bucket that is not there
-        with _told(path, "cannot make this folder", "give another --out"):
+        with told(path, "cannot make this folder", "give another --out"):
             os.makedirs(path, exist_ok=True)
 
 
@@ -93,7 +93,7 @@ def names(folder: str | os.PathLike) -> list[str]:
     if not is_dir(folder):
         return []
     fs, inner = _split(folder)
-    with _told(folder, *READ):
+    with told(folder, *READ):
         entries = {entry.rstrip("/") for entry in fs.ls(inner, detail=False)}
     return sorted(entry.rsplit("/", 1)[-1] for entry in entries - {inner})
 
@@ -105,7 +105,7 @@ def files(folder: str | os.PathLike, deep: bool = False) -> dict[str, str]:
         InputError: a name would lead out of the folder it is copied to, or is a pattern.
     """
     fs, inner = _split(folder)
-    with _told(folder, *READ):
+    with told(folder, *READ):
         try:
             found = fs.find(inner, detail=True) if deep else {e["name"]: e for e in fs.ls(inner, detail=True)}
         except FileNotFoundError:
@@ -125,7 +125,7 @@ def fetch(folder: str | os.PathLike, names: Iterable[str], to: Path) -> None:
     """Copy files of a folder, by names that ``files`` gave, into a local one."""
     fs, inner = _split(folder)
     names = list(names)
-    with _told(folder, *READ):  # lists of equal length are copied one to one, many at a time
+    with told(folder, *READ):  # lists of equal length are copied one to one, many at a time
         fs.get([f"{inner}/{name}" for name in names], [str(to / name) for name in names])
 
 
@@ -133,8 +133,8 @@ def send(source: Path, folder: str | os.PathLike, last: str) -> None:
     """Copy all files below a local folder into another; ``last`` goes last, so that it marks a whole folder."""
     fs, inner = _split(folder)
     names = [str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()]
-    for some in ([name for name in names if name != last], [last]):
-        with _told(folder, *WRITE):
+    for some in ([name for name in names if name != last], [name for name in names if name == last]):
+        with told(folder, *WRITE):
             fs.put([str(source / name) for name in some], [f"{inner}/{name}" for name in some])
 
 
@@ -142,14 +142,14 @@ def remove(folder: str | os.PathLike, names: Iterable[str]) -> None:
     """Delete files of a folder; those that are not there are no error."""
     fs, inner = _split(folder)
     for name in names:
-        with _told(folder, "cannot be changed", "check permissions"), suppress(FileNotFoundError):
+        with told(folder, "cannot be changed", "check permissions"), suppress(FileNotFoundError):
             fs.rm_file(f"{inner}/{name}")
 
 
 def create(path: str | os.PathLike, data: bytes) -> bool:
     """Write an object that must not be there yet; whether it was not. The store decides, so only one writer wins."""
     fs, inner = _split(path)
-    with _told(path, *WRITE):
+    with told(path, *WRITE):
         try:
             fs.pipe_file(inner, data, mode="create")
         except FileExistsError:
@@ -175,7 +175,7 @@ class _Remote(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer) -> int:
-        with _told(self._path, *READ):
+        with told(self._path, *READ):
             self._stream.seek(self._at)  # readers of one memory:// file share its position
             data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
@@ -189,7 +189,7 @@ def _opened(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         what = "does not exist" if kind is None else "is a folder, not a file" if kind == "directory" else "is no file"
         raise InputError(f"{path}: {what}; check the path")
     fs, inner = _split(path)
-    with _told(path, *READ):
+    with told(path, *READ):
         stream = fs.open(inner, "rb")
     with stream:
         yield stream if is_local(path) else io.BufferedReader(_Remote(path, stream), 1 << 20)
@@ -231,11 +231,11 @@ def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with _writing_to(path, tempfile.NamedTemporaryFile(prefix="adaptrm-")) as stream:
             yield stream
             stream.flush()
-            with _told(path, *WRITE):
+            with told(path, *WRITE):
                 fs.put_file(stream.name, inner)
         return
     partial = f"{inner}.partial"
-    with _told(path, *WRITE):
+    with told(path, *WRITE):
         os.makedirs(os.path.dirname(inner), exist_ok=True)
         file = open(partial, "wb")  # noqa: SIM115 - closed by what follows
     try:
@@ -243,7 +243,7 @@ def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        with _told(path, *WRITE):
+        with told(path, *WRITE):
             os.replace(partial, inner)
     except BaseException:
         with suppress(OSError):

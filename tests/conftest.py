@@ -23,6 +23,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import hypothesis
 import jax
 import pytest
+from stores import new_folder, s3_server
 
 from adaptrm.parallel import make_mesh
 
@@ -60,3 +61,26 @@ def data(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def one_device() -> jax.sharding.Mesh:
     return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def s3():
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(params=["memory", "s3"])
+def store(request: pytest.FixtureRequest) -> str:
+    """The address of an empty folder in a store."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+    return new_folder(request.param)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """Where remote models are copied to, away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("ADAPTRM_CACHE", str(folder))
+        yield folder / "models"

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
@@ -17,7 +19,7 @@ from adaptrm.errors import InputError
 from adaptrm.train import remote
 from adaptrm.train.state import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised too
 
 
 class Checkpoints:
@@ -36,7 +38,8 @@ class Checkpoints:
         if paths.is_local(folder):
             self._here = Path(folder).absolute()
         else:
-            self._here = Path(self._ends.enter_context(tempfile.TemporaryDirectory(prefix="adaptrm-")))
+            staging = tempfile.TemporaryDirectory(prefix="adaptrm-", ignore_cleanup_errors=True)
+            self._here = Path(self._ends.enter_context(staging))
             if (step := remote.latest(folder)) is not None:
                 remote.bring(folder, step, self._here, training)
             self._sender, keep = self._ends.enter_context(ThreadPoolExecutor(1)), 1
@@ -50,7 +53,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._ends.close()
+        with self._told():
+            self._ends.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -59,8 +63,9 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState) -> None:
         """Save in the background; the checkpoint counts once it is whole."""
-        self._wait()
-        saved = self._checkpointer.save_checkpointables_async(step, _plain(state), force=True)
+        with self._told():  # here too of the one before, which was written in the background
+            self._wait()
+            saved = self._checkpointer.save_checkpointables_async(step, _plain(state), force=True)
         if self._sender is not None:
             self._sent = self._sender.submit(self._send, saved, step)
 
@@ -72,6 +77,21 @@ class Checkpoints:
         """Wait until the checkpoint before has been copied up, so that it is not deleted here before that."""
         if self._sent is not None:
             self._sent.result()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """One line for a disk that refuses; tensorstore tells of it in a ``ValueError`` of many lines."""
+        try:
+            yield
+        except (OSError, ValueError) as wrong:
+            by_disk = re.search(r"([^:]+) \[os_error_code", str(wrong))
+            if isinstance(wrong, InputError) or not (by_disk or isinstance(wrong, OSError)):
+                raise
+            reason = by_disk[1].strip() if by_disk else wrong.strerror or wrong
+            mend = (
+                paths.WRITE[1] if paths.is_local(self.folder) else f"free space in {self._here.parent}, or set TMPDIR"
+            )
+            raise InputError(f"{self.folder}: a checkpoint cannot be written: {reason}; {mend}") from None
 
     def restore(self, like: TrainState) -> TrainState:
         """The latest state, onto the shardings of ``like``."""

@@ -17,21 +17,17 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike, start: int):
         self._path = path
-        kept = "".join(json.dumps(line) + "\n" for line in self._lines() if line["step"] <= start)
-        paths.write_bytes(path, kept.encode())
-        if paths.is_local(path):
-            self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - for as long as the run
-        else:
-            self._stream = io.StringIO()
-            self._stream.write(kept)
+        kept = "".join(json.dumps(line) + "\n" for line in self._lines() if line["step"] <= start).encode()
+        paths.write_bytes(path, kept)
+        # Without a buffer: what a full disk refuses is told where it is written, and a kill loses no line.
+        self._stream = open(path, "ab", buffering=0) if paths.is_local(path) else io.BytesIO(kept)  # noqa: SIM115
+        self._stream.seek(0, os.SEEK_END)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None or issubclass(
-            kind, Exception
-        ):  # not where the run was told to stop: others may hold the folder
+        if kind is None or issubclass(kind, Exception):  # after an interrupt others may hold the folder
             self.flush()
         self._stream.close()
 
@@ -47,10 +43,10 @@ class MetricsLog:
         return lines
 
     def write(self, line: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        with paths.told(self._path, *paths.WRITE):
+            self._stream.write((json.dumps(line) + "\n").encode())
 
     def flush(self) -> None:
         """Bring a store's copy up to date."""
         if not paths.is_local(self._path):
-            paths.write_bytes(self._path, self._stream.getvalue().encode())
+            paths.write_bytes(self._path, self._stream.getvalue())

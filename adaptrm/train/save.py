@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from safetensors import SafetensorError
 
 from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
@@ -53,7 +54,10 @@ def save_model(
     if jax.process_index() == 0:
         _clear(out)
     with paths.filling(out, last="config.json") as folder:
-        save_weights(params, folder)
+        try:
+            save_weights(params, folder)
+        except (OSError, SafetensorError) as wrong:
+            raise InputError(f"{out}: {paths.WRITE[0]}: {wrong}; {paths.WRITE[1]}") from None
         if jax.process_index() > 0:
             return
         dtype = str(embedding.dtype)

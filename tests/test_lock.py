@@ -1,0 +1,61 @@
+"""One process at a time holds a folder."""
+
+import threading
+import time
+
+import pytest
+from stores import new_folder
+
+from adaptrm import lock, paths
+from adaptrm.errors import InputError
+from adaptrm.lock import hold
+
+
+def test_one_holder_a_folder(store, monkeypatch):
+    monkeypatch.setattr(lock, "LEASE", 3.0)
+    with hold(store):
+        assert paths.names(store) == [".lock"]
+        with pytest.raises(InputError, match="another run holds this folder; wait for it or give another --out"):
+            hold(store).__enter__()
+        assert paths.names(store) == [".lock"]
+    assert paths.names(store) == []
+    with hold(store):
+        pass
+
+
+def test_a_dead_holder_is_followed_and_one_that_wakes_up_stops(monkeypatch, capsys):
+    store = new_folder("memory")
+    monkeypatch.setattr(lock, "LEASE", 1.2)
+    paths.write_bytes(paths.join(store, ".lock"), lock._sign("somebody", 7))
+    start = time.monotonic()
+    with pytest.raises(InputError, match="another run took this folder over"), hold(store):
+        assert time.monotonic() - start > lock.LEASE
+        assert "waiting up to 1 s for a sign of its life" in capsys.readouterr().err
+        taken = lock._sign("a third", 0)
+        paths.write_bytes(paths.join(store, ".lock"), taken)
+        while True:
+            time.sleep(0.01)
+    assert paths.read_bytes(paths.join(store, ".lock")) == taken  # the lock of the third stays
+
+
+def test_of_many_that_wait_for_a_dead_holder_one_follows(monkeypatch):
+    store = new_folder("memory")
+    monkeypatch.setattr(lock, "LEASE", 3.0)
+    paths.write_bytes(paths.join(store, ".lock"), b"not what a holder writes")
+    held, ended = [], threading.Event()
+
+    def wait(number: int) -> None:
+        try:
+            with hold(store):
+                held.append(number)
+                ended.wait(10)
+        except InputError as wrong:
+            assert "another run holds this folder" in str(wrong)
+            ended.set()
+
+    both = [threading.Thread(target=wait, args=(number,)) for number in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(20)
+    assert len(held) == 1
