@@ -36,6 +36,7 @@ def adaptrm(
 def in_process(monkeypatch, capsys, *args: Any) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command in this process."""
     monkeypatch.setattr(sys, "argv", ["adaptrm", *map(str, args)])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as left:
         cli.main()
     code = left.value.code

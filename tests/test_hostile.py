@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from commands import pair_rows, write_rows
+from commands import in_process, pair_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, SPECIAL, TOKENIZERS, tiny_causal_lm, tiny_pairs, tiny_pool, tiny_tokenizer
@@ -415,21 +415,16 @@ def test_a_hostile_template_is_one_line(tmp_path, monkeypatch, template):
 
 
 def test_a_command_says_it_in_one_line_and_leaves_with_2(tmp_path, monkeypatch, capsys):
-    from adaptrm import cli
-
     tiny_causal_lm(tmp_path / "lm")
     (tmp_path / "lm" / "chat_template.jinja").write_text(NESTED)
     (tmp_path / "pool.yaml").write_text(POOL.to_yaml())
     write_rows(tmp_path / "pairs.jsonl", pair_rows(tiny_pairs(1)))
     monkeypatch.setattr(chat_module, "RENDER_SECONDS", 0.3)
     arguments = ("--pairs", tmp_path / "pairs.jsonl", "--judge", tmp_path / "lm", "--rules", tmp_path / "pool.yaml")
-    monkeypatch.setattr("sys.argv", ["adaptrm", "score", *map(str, arguments), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    said = capsys.readouterr()
+    code, out, err = in_process(monkeypatch, capsys, "score", *arguments, "--out", tmp_path / "out")
     line = f"adaptrm: {tmp_path / 'lm'}: the chat template refuses a conversation: takes longer than 0.3 s"
-    assert left.value.code == 2 and said.out == "" and said.err.splitlines()[-1] == line
-    assert "Traceback" not in said.err
+    assert code == 2 and out == "" and err.splitlines()[-1] == line
+    assert "Traceback" not in err
 
 
 def test_folders_with_several_templates_or_none(tmp_path):

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import moto.settings
 import numpy as np
 import pytest
-from commands import pair_rows, write_rows
+from commands import in_process, pair_rows, write_rows
 from stores import BUCKET, forget_settings, new_folder, upload
 from tiny import random_state, tiny_causal_lm, tiny_config, tiny_pairs, tiny_pool
 
-from adaptrm import cli, paths
+from adaptrm import paths
 from adaptrm.config import parse_options
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.errors import InputError
@@ -43,11 +43,9 @@ def made(tmp_path_factory) -> Path:
 
 def refused(monkeypatch, capsys, *arguments: str) -> str:
     """The one line that a command in this process ends with, and exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["adaptrm", *arguments])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert left.value.code == 2, line
+    code, _, err = in_process(monkeypatch, capsys, *arguments)
+    line = err.splitlines()[-1]
+    assert code == 2, line
     return line
 
 

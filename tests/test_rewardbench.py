@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from commands import write_rows
+from commands import in_process, write_rows
 from rich.console import Console
 from tiny import random_state, tiny_config, tiny_tokenizer
 
@@ -257,11 +257,9 @@ def test_by_the_command_line(tmp_path, tiny_reward_model, monkeypatch, capsys):
 
     def run(*more) -> str:
         command = ("evaluate", tiny_reward_model, "--suite", "rewardbench", "--data", data, "--out", out, *more)
-        monkeypatch.setattr("sys.argv", ["adaptrm", *map(str, command)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        assert not left.value.code
-        return capsys.readouterr().out
+        code, out_text, _ = in_process(monkeypatch, capsys, *command)
+        assert code == 0
+        return out_text
 
     result = json.loads(run("--json"))
     assert result == json.loads(out.read_text())

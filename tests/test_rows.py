@@ -8,10 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import pair_rows, write_rows
+from commands import in_process, pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
-from adaptrm import cli
 from adaptrm.config import DataOptions
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.labels import read_labels
@@ -279,11 +278,8 @@ def folder(tmp_path_factory, one_device) -> Path:
 
 def run(monkeypatch, capsys, *arguments) -> tuple[dict, str]:
     """The result of ``adaptrm ARGUMENTS --json``, in this process, and what it said on stderr."""
-    monkeypatch.setattr(sys, "argv", ["adaptrm", *map(str, arguments), "--json"])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert left.value.code in (0, None), err
+    code, out, err = in_process(monkeypatch, capsys, *arguments, "--json")
+    assert code == 0, err
     return json.loads(out), err
 
 

@@ -3,13 +3,12 @@
 import json
 import math
 import random
-import sys
 from collections import Counter
 from statistics import median
 
 import pytest
+from commands import in_process
 
-from adaptrm import cli
 from adaptrm.rules import Rule, RulePool
 from adaptrm.rules.check import NEAR, check_pool, find_findings, near_duplicates
 
@@ -236,10 +235,7 @@ def test_safety_100_is_a_hundred_rules_balanced_over_the_areas_of_harm():
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``adaptrm rules check ARGUMENTS``, in this process."""
-    monkeypatch.setattr(sys, "argv", ["adaptrm", "rules", "check", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return (left.value.code or 0, *capsys.readouterr())
+    return in_process(monkeypatch, capsys, "rules", "check", *arguments)
 
 
 def test_rules_check_prints_a_line_a_finding_then_the_counts(monkeypatch, capsys, tmp_path):
