@@ -9,11 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from adaptrm import paths
-from adaptrm.errors import InputError
 from adaptrm.hf.keys import key_table
 from adaptrm.models.config import FAMILIES, rope_parameters
 
@@ -56,9 +54,9 @@ def save_weights(state: nnx.State, out: str | os.PathLike, max_shard_bytes: int 
                 save_file(tensors, partial, metadata={"format": "pt"})
                 os.chmod(partial, 0o644)  # safetensors writes for its owner alone
                 os.replace(partial, Path(out) / name)
-            except (SafetensorError, OSError) as wrong:
+            except BaseException:
                 partial.unlink(missing_ok=True)
-                raise InputError(f"{out}: {name} cannot be written: {wrong}; free space or change --out") from None
+                raise
     if jax.process_index() == 0 and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(Path(out) / "model.safetensors.index.json", index)
