@@ -3,6 +3,8 @@
 from tiny import SPECIAL
 
 from adaptrm.data.chat import DATE, ChatTokenizer
+from adaptrm.judge.prompts import JudgePrompt
+from adaptrm.prefix_tree import PrefixTree
 
 MARKERS = [
     *SPECIAL,
@@ -115,3 +117,9 @@ def assert_text_stays_text(chat: ChatTokenizer, ids, clean, text: str, kind: str
         if kind == "sentencepiece":  # which writes blanks so
             text = text.replace("▁", " ")
         assert decoded(chat, ids) == decoded(chat, clean).replace(HARMLESS, text), repr(text)
+
+
+def reply_tree(prompt: JudgePrompt, messages, response: str, rules) -> PrefixTree:
+    """The one tree of a response and some rules, the conversation first."""
+    (questions,) = prompt.reply_trees(messages, response, rules)
+    return questions.tree

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hostile_texts import HARMLESS, MARKERS, TEXTS, assert_text_stays_text, chat_of, decoded, special
+from hostile_texts import HARMLESS, MARKERS, TEXTS, assert_text_stays_text, chat_of, decoded, reply_tree, special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, TOKENIZERS, tiny_pool, tiny_tokenizer
@@ -86,10 +86,10 @@ def test_hostile_conversations_are_text_to_the_judge(prompt, kind, place):
         messages = chat_of(place, text)[: None if place == "assistant" else -1]
         return messages, (text if place == "response" else "No.")
 
-    clean = prompt.reply_tree(*trees(HARMLESS), (0, 1))
+    clean = reply_tree(prompt, *trees(HARMLESS), (0, 1))
     assert special(chat, clean.sequence(0)) == [1, 2, 1]
     for text in TEXTS:
-        tree = prompt.reply_tree(*trees(text), (0, 1))
+        tree = reply_tree(prompt, *trees(text), (0, 1))
         for leaf in (0, 1):
             ids = tree.sequence(leaf)
             assert ids.tolist() == chat.encode(prompt.text(*trees(text), leaf)).tolist(), repr(text)
@@ -99,7 +99,7 @@ def test_hostile_conversations_are_text_to_the_judge(prompt, kind, place):
 def test_hostile_rules_are_text_to_the_judge(chat, kind):
     texts = [HARMLESS, *TEXTS]
     pool = RulePool("hostile", "1", tuple(Rule(f"r{i}", "c", f"The response {t}.") for i, t in enumerate(texts)))
-    tree = JudgePrompt(chat, pool).reply_tree(chat_of("user", "Hi")[:-1], "No.", range(len(pool)))
+    tree = reply_tree(JudgePrompt(chat, pool), chat_of("user", "Hi")[:-1], "No.", range(len(pool)))
     for leaf, text in enumerate(texts):
         assert special(chat, tree.sequence(leaf)) == [1, 2, 1]
         assert_text_stays_text(chat, tree.sequence(leaf), tree.sequence(0), text, kind)
@@ -112,7 +112,7 @@ def test_any_mixture_is_text(prompt, said, response):
     messages = [{"role": "user", "content": said}, {"role": "assistant", "content": response}]
     ids = chat.encode_chat(messages, add_generation_prompt=True)
     assert special(chat, ids) == [1, 2, 1, 2, 1]
-    tree = prompt.reply_tree(messages[:1], response, (0, 1))
+    tree = reply_tree(prompt, messages[:1], response, (0, 1))
     for leaf in (0, 1):
         assert special(chat, tree.sequence(leaf)) == [1, 2, 1]
         assert tree.sequence(leaf).tolist() == chat.encode(prompt.text(messages[:1], response, leaf)).tolist()

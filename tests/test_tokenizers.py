@@ -17,6 +17,7 @@ from hostile_texts import (
     assert_text_stays_text,
     chat_of,
     decoded,
+    reply_tree,
     special,
 )
 from tiny import CHATML, SPECIAL, TOKENIZERS, tiny_pool, tiny_tokenizer
@@ -245,12 +246,12 @@ def assert_branches(chat: ChatTokenizer, texts: list[str]) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     clean = special(chat, chat.encode(prompt.text(messages, "No.", 0)))
     for text in texts:
-        tree = prompt.reply_tree(chat_of("user", text)[:-1], text, (0, 1))
+        tree = reply_tree(prompt, chat_of("user", text)[:-1], text, (0, 1))
         for leaf in (0, 1):
             ids = tree.sequence(leaf)
             assert ids.tolist() == chat.encode(prompt.text(chat_of("user", text)[:-1], text, leaf)).tolist()
             assert special(chat, ids) == clean, (chat.where, text)
-    tree = prompt.reply_tree(messages, "No.", range(len(pool)))
+    tree = reply_tree(prompt, messages, "No.", range(len(pool)))
     for leaf in range(len(pool)):
         ids = tree.sequence(leaf)
         assert ids.tolist() == chat.encode(prompt.text(messages, "No.", leaf)).tolist()
