@@ -44,8 +44,8 @@ def told(path: str | os.PathLike, failed: str, mend: str) -> Iterator[None]:
 
 
 def _reason(wrong: Exception) -> str:
-    text = getattr(wrong, "strerror", None) or str(wrong) or type(wrong).__name__
-    return text.splitlines()[0].rstrip(".")
+    text = (getattr(wrong, "strerror", None) or str(wrong) or type(wrong).__name__).splitlines()[0].rstrip(".")
+    return f"not found: {text}" if isinstance(wrong, FileNotFoundError) and " " not in text else text
 
 
 def _split(path: str | os.PathLike):
@@ -148,6 +148,8 @@ def remove(folder: str | os.PathLike, names: Iterable[str]) -> None:
 
 def create(path: str | os.PathLike, data: bytes) -> bool:
     """Write an object that must not be there yet; whether it was not. The store decides, so only one writer wins."""
+    if exists(path):  # for stores that do not know the condition
+        return False
     fs, inner = _split(path)
     with told(path, *WRITE):
         try:
