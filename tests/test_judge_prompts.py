@@ -279,9 +279,10 @@ def test_what_cannot_be_used_is_an_error(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path)
     with pytest.raises(InputError, match=r"template 'backwards' is unknown; known: .*conversation-first"):
         JudgePrompt(ChatTokenizer(tokenizer), POOL, "backwards")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ messages[0]['content'] }}"
-    with pytest.raises(InputError, match="must write a user's message once"):
-        JudgePrompt(ChatTokenizer(tokenizer), POOL)
+    for change in ("tojson", "escape", "upper", "replace('\\n', ' ')", "string ~ messages[0]['content']"):
+        tokenizer.chat_template = f"<|im_start|>{{{{ messages[0]['content'] | {change} }}}}"
+        with pytest.raises(InputError, match="must write a user's message once, as it is"):
+            JudgePrompt(ChatTokenizer(tokenizer), POOL)
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(InputError, match="refuses a conversation: no users here"):
         JudgePrompt(ChatTokenizer(tokenizer), POOL)

@@ -89,7 +89,8 @@ class JudgePrompt:
         if template not in TEMPLATES:
             raise InputError(f"template {template!r} is unknown; known: {', '.join(TEMPLATES)}")
         self.chat, self.pool, self.template = chat, pool, TEMPLATES[template]
-        slot = "(the text of the question)"
+        # Characters that a template which escapes or changes what is said would change.
+        slot = '(the "Text" of <the> question & its \\ last\nline)'
         around = chat.render([{"role": "user", "content": slot}], add_generation_prompt=True).split(slot)
         if len(around) != 2:
             raise InputError(f"{chat.where}: the chat template must write a user's message once, as it is")
