@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from adaptrm import paths
@@ -42,11 +41,14 @@ def local_copy(folder: str | os.PathLike) -> Path:
         return copy
     paths.make_dir(copies)
     say(f"copying {folder} to {copy}")
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=copies))
-    try:
-        paths.fetch(folder, versions, partial)
-        with suppress(FileExistsError, OSError):  # another process has made it meanwhile
+    with paths.told(copies, *paths.WRITE):
+        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=copies))
+        try:
+            paths.fetch(folder, versions, partial)
             partial.rename(copy)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        except OSError:
+            if not copy.is_dir():  # else another process has made it meanwhile
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return copy
