@@ -113,6 +113,7 @@ GOOD = {"id": "p9", "side": "a", "kind": 1, "scores": {"gpt4": [0, 1]}, "r2": 1}
         (GOOD | {"id": "p1"}, "line 11: pair 'p1', side a is repeated"),
         (GOOD | {"side": "chosen"}, r"line 11: needs id \(of the pair\) and side \(a or b\)"),
         (GOOD | {"id": None}, "line 11: needs id"),
+        (GOOD | {"id": "\ud800"}, "line 11: id holds half of a character"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, row, message):

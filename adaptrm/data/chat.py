@@ -98,7 +98,9 @@ class ChatTokenizer:
         if not names:
             raise InputError(f"{folder}: has no tokenizer.json; copy the tokenizer's files into the folder")
         if names == ["tokenizer.model"] and importlib.util.find_spec("sentencepiece") is None:
-            raise InputError(f"{folder}: tokenizer.model alone needs sentencepiece; pip install 'adaptrm[sentencepiece]'")
+            raise InputError(
+                f"{folder}: tokenizer.model alone needs sentencepiece; pip install 'adaptrm[sentencepiece]'"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as wrong:  # transformers raises many kinds for a broken tokenizer

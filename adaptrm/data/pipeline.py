@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from adaptrm import paths
 from adaptrm.data.plan import Plan
 from adaptrm.prefix_tree import PrefixTree, pack_rows
 
@@ -31,11 +32,15 @@ class TreeStore:
         """SHA-256 of all that was appended, in its order."""
         return self._digest.hexdigest()
 
+    def _told(self):
+        return paths.told(tempfile.gettempdir(), "cannot hold the examples", "free space, or set TMPDIR")
+
     def append(self, tree: PrefixTree, targets: Sequence[float], weights: Sequence[float]) -> None:
         parts = (tree.tokens, tree.positions, tree.subtree_end, tree.leaves)
         floats = [np.asarray(x, np.float32).view(np.int32) for x in (targets, weights)]
         record = np.concatenate([*parts, *floats])
-        self._file.write(record.tobytes())
+        with self._told():
+            self._file.write(record.tobytes())
         self._digest.update(record.tobytes())
         self._offsets.append(self._offsets[-1] + len(record))
         self.lengths.append(len(tree))
@@ -43,7 +48,8 @@ class TreeStore:
 
     def freeze(self) -> "TreeStore":
         """End of writing: lists become arrays, the file a memory map."""
-        self._file.flush()
+        with self._told():
+            self._file.flush()
         self._words = np.memmap(self._file, np.int32, "r") if len(self) else np.zeros(0, np.int32)
         self._offsets = np.asarray(self._offsets, np.int64)
         self.lengths, self.leaves = np.asarray(self.lengths, np.int32), np.asarray(self.leaves, np.int32)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adaptrm import paths
-from adaptrm.data.preferences import Pair, hash_id
+from adaptrm.data.preferences import Pair, check_response, hash_id
 from adaptrm.data.rows import read_rows
 from adaptrm.data.scores import Scores
 from adaptrm.errors import InputError
@@ -46,14 +46,17 @@ class Table:
             at = f"{self.file}: {where}"
             if row.get("id") is None or row.get("side") not in SIDES:
                 raise InputError(f"{at}: needs id (of the pair) and side (a or b)")
-            key = _key(str(row["id"]), row["side"])
+            key = _key(check_response(str(row["id"]), "id", at), row["side"])
             if key in self._rows:
                 raise InputError(f"{at}: pair {row['id']!r}, side {row['side']} is repeated; it has one row")
             self._rows[key] = len(self._rows)
-            array("f", [self._score(row, rule, at) for rule in rules.ids]).tofile(store)
+            scores = array("f", [self._score(row, rule, at) for rule in rules.ids])
+            with paths.told(tempfile.gettempdir(), "cannot hold the table", "free space, or set TMPDIR"):
+                scores.tofile(store)
         if not self._rows:
             raise InputError(f"{self.file}: holds no rows")
-        store.flush()
+        with paths.told(tempfile.gettempdir(), "cannot hold the table", "free space, or set TMPDIR"):
+            store.flush()
         self._values = np.memmap(store, np.float32, "r", shape=(len(self._rows), len(rules)))
         self._signs = np.array([rule.sign for rule in rules], np.float32)
 
