@@ -288,7 +288,7 @@ def main() -> None:
     try:
         app()
     except InputError as wrong:
-        print(f"adaptrm: {' '.join(str(wrong).splitlines())}", file=sys.stderr)
+        print(f"adaptrm: {wrong}", file=sys.stderr)
         leave(2)
     except Exception as failed:
         if type(failed).__name__ == "TrainingFailed":  # its module imports jax; its name does not

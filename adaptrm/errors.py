@@ -1,4 +1,9 @@
-"""The one exception for input that a user can mend."""
+"""The one exception for input that a user can mend, and how a line about it is shown."""
+
+
+def printable(text: str) -> str:
+    """A text as one line for a terminal: what users and models wrote may hold line ends and escape sequences."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.splitlines()))
 
 
 class InputError(ValueError):
@@ -6,3 +11,6 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with code 2.
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adaptrm.errors import printable
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -55,4 +57,4 @@ def progress(what: str, unit: str, total: int, shown: bool = True) -> Iterator[P
 
 def say(text: str) -> None:
     """One line about what is going on, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from adaptrm.errors import InputError
 from adaptrm.models import ModelConfig
 
 
@@ -107,12 +106,3 @@ def hf_model(folder, kind: str, config: ModelConfig, seed: int = 0, **extra):
                 weight += 0.2 * torch.randn_like(weight)
     model.save_pretrained(folder)
     return model
-
-
-def refusal(call, *args, **options) -> str:
-    """The message with which a call refuses its input: one readable line."""
-    with pytest.raises(InputError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert message.isprintable() and len(message) < 1000, message
-    return message

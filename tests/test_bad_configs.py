@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from folders import refusal
+from refusals import refused
 from tiny import LLAMA3, tiny_config
 
 from adaptrm.errors import InputError
@@ -25,7 +25,7 @@ from adaptrm.models import ModelConfig
 def test_a_field_in_force_is_an_error_that_names_it(name, value):
     raw = tiny_config().to_hf()
     assert ModelConfig.from_hf(raw) == tiny_config()
-    message = refusal(ModelConfig.from_hf, raw | {name: value}, "here")
+    message = refused(ModelConfig.from_hf, raw | {name: value}, "here")
     assert re.match(f"here: {name} = .* is in force and not implemented", message)
 
 
@@ -42,7 +42,7 @@ def test_a_field_in_force_is_an_error_that_names_it(name, value):
 )
 def test_a_sliding_window_in_force_is_an_error(family, fields, named):
     raw = tiny_config(model_type=family).to_hf() | fields
-    message = refusal(ModelConfig.from_hf, {name: value for name, value in raw.items() if value is not ...}, "here")
+    message = refused(ModelConfig.from_hf, {name: value for name, value in raw.items() if value is not ...}, "here")
     assert message.startswith(f"here: sliding_window = {named} in force and not implemented")
 
 
@@ -62,7 +62,7 @@ def test_a_partial_rotary_factor_among_the_rope_parameters_is_an_error():
 
 def test_rope_parameters_by_layer_type_are_an_error():
     rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
-    assert "rope_parameters.full_attention = " in refusal(
+    assert "rope_parameters.full_attention = " in refused(
         ModelConfig.from_hf, tiny_config(model_type="qwen3").to_hf() | {"rope_parameters": rope}
     )
 
@@ -104,7 +104,7 @@ def test_rope_parameters_by_layer_type_are_an_error():
     ],
 )
 def test_a_config_that_makes_no_sense_is_an_error(change, message):
-    assert re.search(message, refusal(ModelConfig.from_hf, tiny_config().to_hf() | change))
+    assert re.search(message, refused(ModelConfig.from_hf, tiny_config().to_hf() | change))
 
 
 def test_a_missing_field_is_an_error():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folders import hf_tensors, refusal, write_config, write_folder
+from folders import hf_tensors, write_config, write_folder
+from refusals import refused
 from safetensors.numpy import save_file
 from tiny import tiny_config, tiny_tokenizer
 
@@ -52,7 +53,7 @@ def test_an_index_that_points_elsewhere_is_refused(folder, shard):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = shard
     (folder / INDEX).write_text(json.dumps(index))
-    assert "is not the name of a safetensors file in this folder" in refusal(open_folder, folder)
+    assert "is not the name of a safetensors file in this folder" in refused(open_folder, folder)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_an_index_that_points_elsewhere_is_refused(folder, shard):
 )
 def test_an_index_that_is_none_is_refused(folder, content, message):
     (folder / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert f"{INDEX}: {message}" in refusal(open_folder, folder)
+    assert f"{INDEX}: {message}" in refused(open_folder, folder)
 
 
 def test_an_index_that_does_not_describe_its_shards_is_refused(folder):
@@ -79,16 +80,16 @@ def test_an_index_that_does_not_describe_its_shards_is_refused(folder):
     name = next(name for name, shard in index["weight_map"].items() if shard == FIRST)
     index["weight_map"][name] = SECOND
     (folder / INDEX).write_text(json.dumps(index))
-    assert f"{INDEX}: says that {name} is in {SECOND}, which lacks it" in refusal(open_folder, folder)
+    assert f"{INDEX}: says that {name} is in {SECOND}, which lacks it" in refused(open_folder, folder)
     index["weight_map"] |= {name: FIRST, "model.ghost.weight": FIRST}
     (folder / INDEX).write_text(json.dumps(index))
-    assert f"{INDEX}: says that model.ghost.weight is in {FIRST}, which lacks it" in refusal(open_folder, folder)
+    assert f"{INDEX}: says that model.ghost.weight is in {FIRST}, which lacks it" in refused(open_folder, folder)
     (folder / INDEX).write_text(text)
     whole = (folder / SECOND).read_bytes()
     (folder / SECOND).write_bytes((folder / FIRST).read_bytes())
-    assert f"is in {FIRST} too" in refusal(open_folder, folder)
+    assert f"is in {FIRST} too" in refused(open_folder, folder)
     (folder / SECOND).unlink()
-    assert f"{SECOND}: missing; download it again" in refusal(open_folder, folder)
+    assert f"{SECOND}: missing; download it again" in refused(open_folder, folder)
     # The hub's own cache is made of links.
     (folder / "blob").write_bytes(whole)
     (folder / SECOND).symlink_to(folder / "blob")
@@ -133,14 +134,14 @@ def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict:
 def test_a_broken_file_is_refused(tmp_path, content):
     write_config(tmp_path, tiny_config())
     (tmp_path / "model.safetensors").write_bytes(content)
-    assert "model.safetensors: not a whole safetensors file" in refusal(open_folder, tmp_path)
+    assert "model.safetensors: not a whole safetensors file" in refused(open_folder, tmp_path)
 
 
 def test_a_truncated_file_is_refused(folder):
     content = (folder / SECOND).read_bytes()
     for length in (4, 100, len(content) - 1):
         (folder / SECOND).write_bytes(content[:length])
-        assert f"{SECOND}: not a whole safetensors file" in refusal(open_folder, folder)
+        assert f"{SECOND}: not a whole safetensors file" in refused(open_folder, folder)
 
 
 def test_nothing_is_read_or_allocated_before_shapes_are_checked(tmp_path, one_device):
@@ -151,7 +152,7 @@ def test_nothing_is_read_or_allocated_before_shapes_are_checked(tmp_path, one_de
     assert header["model.norm.weight"]["shape"] == [32]
     nothing = {name: {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]} for name in header}
     (folder / "model.safetensors").write_bytes(safetensors(nothing))
-    message = refusal(load_weights, open_folder(folder), CausalLM, one_device)
+    message = refused(load_weights, open_folder(folder), CausalLM, one_device)
     assert "has shape (0, 4611686018427387904), config.json says" in message
 
 
@@ -165,7 +166,7 @@ def test_quantised_or_other_dtypes_are_refused(tmp_path, one_device, dtype):
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     write_config(tmp_path, config)
     (tmp_path / "model.safetensors").write_bytes(safetensors(header, bytes(end)))
-    message = refusal(load_weights, open_folder(tmp_path), CausalLM, one_device)
+    message = refused(load_weights, open_folder(tmp_path), CausalLM, one_device)
     assert f"is {dtype}; weights must be one of F32, F16, BF16, not quantised" in message
 
 
@@ -177,15 +178,15 @@ def test_a_pickle_is_never_read(tmp_path, name):
 
     write_config(tmp_path, tiny_config())
     (tmp_path / name).write_bytes(pickle.dumps(Attack()))
-    message = refusal(open_folder, tmp_path)
+    message = refused(open_folder, tmp_path)
     assert f"model.safetensors: missing; {name} is a pickle, which may run code and is never read" in message
     assert not (tmp_path / "run").exists()
 
 
 def test_folders_without_config_or_weights_are_refused(tmp_path):
-    assert "no config.json here" in refusal(open_folder, tmp_path)
+    assert "no config.json here" in refused(open_folder, tmp_path)
     write_config(tmp_path, tiny_config())
-    assert "model.safetensors: missing; only safetensors are read" in refusal(open_folder, tmp_path)
+    assert "model.safetensors: missing; only safetensors are read" in refused(open_folder, tmp_path)
 
 
 # --- tensors that are not those of the model ----------------------------------------------------------------------
@@ -199,7 +200,7 @@ def test_tensors_that_do_not_belong_are_listed(tmp_path, one_device):
     for name in ("model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight"):
         tensors[name] = np.zeros(4, np.float32)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)  # old files hold this; unused
-    message = refusal(load_weights, open_folder(write_folder(tmp_path, config, tensors)), CausalLM, one_device)
+    message = refused(load_weights, open_folder(write_folder(tmp_path, config, tensors)), CausalLM, one_device)
     assert "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight;" in message
     expected = "left over: model.layers.0.self_attn.q_proj.bias, model.layers.2.mlp.up_proj.weight"
     assert message.endswith(expected)
@@ -208,7 +209,7 @@ def test_tensors_that_do_not_belong_are_listed(tmp_path, one_device):
 def test_hundreds_of_missing_tensors_are_counted(tmp_path, one_device):
     tensors = {f"transformer.h.{i}\n.weight": np.zeros(1, np.float32) for i in range(500)}
     folder = write_folder(tmp_path, tiny_config(num_hidden_layers=100), tensors)
-    message = refusal(load_weights, open_folder(folder), CausalLM, one_device)
+    message = refused(load_weights, open_folder(folder), CausalLM, one_device)
     assert "missing: lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm.weight, " in message
     assert " and 897 more; left over: 'transformer.h.0\\n.weight', " in message
     assert message.endswith(" and 494 more")
@@ -226,7 +227,7 @@ def test_hundreds_of_missing_tensors_are_counted(tmp_path, one_device):
 )
 def test_a_config_of_another_model_is_an_error(tmp_path, one_device, change, message):
     folder = write_folder(tmp_path, tiny_config(), hf_tensors(tiny_config()), **change)
-    assert re.search(message, refusal(load_weights, open_folder(folder), CausalLM, one_device))
+    assert re.search(message, refused(load_weights, open_folder(folder), CausalLM, one_device))
 
 
 @pytest.mark.parametrize(
@@ -241,16 +242,16 @@ def test_a_config_of_another_model_is_an_error(tmp_path, one_device, change, mes
 def test_biases_and_norms_that_are_missing_or_not_expected_are_errors(tmp_path, one_device, family, fields, name):
     plain, special = tiny_config(), tiny_config(model_type=family, **fields)
     folder = write_folder(tmp_path / "lacks", special, hf_tensors(plain))
-    assert f"missing: model.layers.0.{name}" in refusal(load_weights, open_folder(folder), CausalLM, one_device)
+    assert f"missing: model.layers.0.{name}" in refused(load_weights, open_folder(folder), CausalLM, one_device)
     folder = write_folder(tmp_path / "has", plain, hf_tensors(special))
-    assert f"left over: model.layers.0.{name}" in refusal(load_weights, open_folder(folder), CausalLM, one_device)
+    assert f"left over: model.layers.0.{name}" in refused(load_weights, open_folder(folder), CausalLM, one_device)
 
 
 def test_a_tied_head_that_differs_from_the_embedding_is_an_error(tmp_path, one_device):
     config = tiny_config(tie_word_embeddings=True)
     tensors = hf_tensors(config)
     folder = open_folder(write_folder(tmp_path / "differs", config, tensors))
-    message = refusal(load_weights, folder, CausalLM, one_device)
+    message = refused(load_weights, folder, CausalLM, one_device)
     assert "tie_word_embeddings is true in config.json, but lm_head.weight is stored and differs" in message
     load_weights(folder, SequenceClassifier, one_device, new_head_seed=0)  # which has no vocabulary head
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -274,13 +275,13 @@ def test_a_tied_head_that_differs_from_the_embedding_is_an_error(tmp_path, one_d
 def test_heads_that_are_not_one_reward_are_errors(tmp_path, one_device, heads, fields, message):
     tensors = hf_tensors(tiny_config(), head=None) | {name: np.ones(shape, "float32") for name, shape in heads.items()}
     folder = write_folder(tmp_path, tiny_config(), tensors, **fields)
-    assert re.search(message, refusal(RewardModel.from_pretrained, folder, mesh=one_device))
+    assert re.search(message, refused(RewardModel.from_pretrained, folder, mesh=one_device))
 
 
 @pytest.mark.parametrize("pad", [448, 10**30, "0", [0], 1.5, True])
 def test_a_pad_token_that_is_none_is_an_error(tmp_path, pad):
     folder = write_folder(tmp_path, tiny_config(), hf_tensors(tiny_config(), head="score"), pad_token_id=pad)
-    assert "config.json: pad_token_id is " in refusal(RewardModel.from_pretrained, folder)
+    assert "config.json: pad_token_id is " in refused(RewardModel.from_pretrained, folder)
 
 
 # --- config.json and code --------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_a_pad_token_that_is_none_is_an_error(tmp_path, pad):
 )
 def test_a_config_that_is_no_json_object_is_refused(folder, content, message):
     (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert f"config.json: {message}" in refusal(open_folder, folder)
+    assert f"config.json: {message}" in refused(open_folder, folder)
 
 
 def test_code_in_the_folder_is_never_run(folder, one_device):

@@ -139,6 +139,14 @@ def test_a_message_of_several_lines_is_printed_as_one(monkeypatch, capsys):
     assert in_process(monkeypatch, capsys) == (2, "", "adaptrm: first   second\n")
 
 
+def test_a_message_cannot_speak_to_the_terminal(monkeypatch, capsys):
+    def fails():
+        raise InputError("pair '\x1b[2J\x07\u202e\udc80': é 漢")
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert in_process(monkeypatch, capsys)[2] == "adaptrm: pair '\\x1b[2J\\x07\\u202e\\udc80': é 漢\n"
+
+
 def test_faults_of_ours_are_not_hidden(monkeypatch):
     def fails():
         raise ValueError("ours")
@@ -204,8 +212,8 @@ def test_dotted_options():
 
 # DESIGN.md section 2: imports go one way. What stands in one line does not import each other.
 LAYERS = [
-    ["errors", "progress", "prefix_tree"],
-    ["paths", "yaml_text"],  # raise what errors defines
+    ["errors", "prefix_tree"],
+    ["paths", "yaml_text", "progress"],  # raise and show what errors defines
     ["config", "lock"],  # read through them
     ["attention", "parallel"],
     ["models"],

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from adaptrm.config import TEXTS, VERBS, TrainOptions, config_folder, load_options, parse_options, to_yaml
-from adaptrm.errors import InputError
 
 # How many options a user can set. A new one is a decision: first think whether the code can know the answer.
 OPTION_COUNT = 38
@@ -25,15 +25,6 @@ def write(tmp_path):
         return str(file)
 
     return write
-
-
-def refused(call, *given) -> str:
-    """The message of the refusal: one line."""
-    with pytest.raises(InputError) as wrong:
-        call(*given)
-    message = str(wrong.value)
-    assert len(message.splitlines()) == 1, message
-    return message
 
 
 def leaf_types(kind) -> dict[str, object]:

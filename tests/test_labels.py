@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import refused
 
 from adaptrm import paths
 from adaptrm.data.labels import LabelIndex, read_labels, read_rule_labels
 from adaptrm.data.preferences import Pair
 from adaptrm.data.scores import COLUMNS, Scores, part_name, read_parts, write_manifest, write_part
-from adaptrm.errors import InputError
 from adaptrm.label import LabelJob, label
 
 RULES = ["kind", "safe", "calm"]
@@ -30,15 +30,6 @@ LABELLED = [
     ("p1", "B1", "A1", ["calm", "safe"], 1.0),
     ("p3", "B3", "A3", ["safe", "calm"], 1.0),
 ]
-
-
-def refused(call, *given) -> str:
-    """The message of the refusal: one line."""
-    with pytest.raises(InputError) as wrong:
-        call(*given)
-    message = str(wrong.value)
-    assert len(message.splitlines()) == 1, message
-    return message
 
 
 def write_lines(file, rows) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import refusals
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
@@ -44,13 +45,8 @@ def lines(rows) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def refused(source) -> str:
-    """The message of the refusal: one line."""
-    with pytest.raises(InputError) as wrong:
-        load_pairs(source)
-    message = str(wrong.value)
-    assert len(message.splitlines()) == 1, message
-    return message
+def refused(source, **options) -> str:
+    return refusals.refused(load_pairs, source, **options)
 
 
 def test_canonical_rows_in_every_kind_of_file(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import refusals
 from commands import in_process, pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
@@ -33,12 +34,7 @@ def lines(rows) -> bytes:
 
 
 def refused(source, **options) -> str:
-    """The message of the refusal: one line."""
-    with pytest.raises(InputError) as wrong:
-        load_pairs(source, **options)
-    message = str(wrong.value)
-    assert len(message.splitlines()) == 1, message
-    return message
+    return refusals.refused(load_pairs, source, **options)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from tiny import tiny_pool
 
 from adaptrm.demo.world import demo_pool
@@ -15,15 +16,6 @@ from adaptrm.rules import Rule, RulePool
 
 POOL = "name: n\nversion: 1\nrules:\n- {id: a, category: c, text: The response is kind.}\n"
 HASH = "4009b2d8e649c23baf96a643115504fea5653e72c688fbe5b168e791ca743b91"
-
-
-def refused(call, *given) -> str:
-    """The message of the refusal: one line."""
-    with pytest.raises(InputError) as wrong:
-        call(*given)
-    message = str(wrong.value)
-    assert len(message.splitlines()) == 1 and message.isprintable(), message
-    return message
 
 
 def rule(text: str = "The response is calm.", **fields) -> str:
