@@ -37,7 +37,9 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
             f"Not the benchmark's own figures: {len(short)} of {len(order)} subsets differ from the published set"
             + (f"; absent: {', '.join(absent)}." if absent else ".")
         )
-    return {name: value for name, value in result.items() if isinstance(value, str | int)} | {"table": table}
+    plain = {name: value for name, value in result.items() if isinstance(value, str | int)}
+    plain["pairs_without_preference"] = plain.pop("skipped")  # beside skipped_rows, which are no pairs
+    return plain | {"table": table}
 
 
 def _per_cent(value: float | None, ends: list[float] | None) -> tuple[str, str]:
