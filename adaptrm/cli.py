@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from adaptrm import __version__
-from adaptrm.errors import InputError
+from adaptrm.errors import InputError, printable
 
 app = typer.Typer(
     add_completion=False,
@@ -59,7 +59,8 @@ class OnBadRow(StrEnum):
     skip = "skip"
 
 
-BadRow = Annotated[OnBadRow, typer.Option(help="A row that is no pair: an error, or listed and left out.")]
+BAD_ROW = typer.Option(help="A row that is no pair: an error, or listed and left out.")
+BadRow = Annotated[OnBadRow, BAD_ROW]
 TruncateTo = Annotated[
     int | None,
     typer.Option(min=1, help="Cut what is longer than so many tokens, from the left. Nothing is cut without it."),
@@ -144,6 +145,7 @@ def train(
     rules: Annotated[str | None, typer.Option(help="Rule pool of the rule labels.")] = None,
     model: Annotated[str | None, typer.Option(help="Start from this model.")] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; an unfinished run goes on. [runs/CONFIG]")] = None,
+    on_bad_row: Annotated[OnBadRow | None, BAD_ROW] = None,
     as_json: Json = False,
 ) -> None:
     """Train a reward model or a judge; any option of the config as --section.key VALUE."""
@@ -152,6 +154,7 @@ def train(
     from adaptrm.config import load_options
 
     named = {"data.pairs": data, "data.labels": labels, "data.rules": rules, "model.pretrained": model}
+    named["data.on_bad_row"] = on_bad_row and on_bad_row.value
     overrides = dotted(ctx.args) | {key: value for key, value in named.items() if value is not None}
     options = load_options(config, what.value, overrides)
     from adaptrm.parallel.distributed import start_processes
@@ -175,7 +178,7 @@ def evaluate(
 ) -> None:
     """Measure a reward model's accuracy."""
     from adaptrm.data.rows import BadRows
-    from adaptrm.data.truncation import Truncation
+    from adaptrm.data.truncation import Truncation, usable
     from adaptrm.evaluate import SUITES, evaluate_pairs
     from adaptrm.evaluate.table import for_people
     from adaptrm.reward_model import RewardModel
@@ -183,8 +186,8 @@ def evaluate(
     read, sections = SUITES[suite.value]
     reward_model = RewardModel.from_pretrained(model, dtype.value)
     bad, cut = BadRows(on_bad_row.value), Truncation(reward_model.pair_length, truncate_to)
-    pairs = map(cut, read(data, bad))
-    named = {"model": model, "dtype": dtype.value, "suite": suite.value}
+    pairs = usable(read(data, bad), cut, bad, data)
+    named = {"model": model, "dtype": dtype.value, "suite": suite.value, "data": data}
     left = {"skipped_rows": lambda: bad.count, "truncated": lambda: cut.count}
     result = evaluate_pairs(reward_model.score_pairs, pairs, out, sections=sections, counts=left, **named)
     show(result if as_json else for_people(result), as_json)
@@ -222,7 +225,7 @@ def check(
         result["findings"] = [vars(finding) for finding in findings]
     else:
         for finding in findings:
-            print(f"{pool}: {finding.place}{finding.kind}: {finding.message}")
+            print(printable(f"{pool}: {finding.place}{finding.kind}: {finding.message}"))
     show(result, as_json)
     if result["errors"]:
         raise InputError(f"{pool}: cannot be loaded, errors: {result['errors']}; each is listed with its line")
@@ -258,17 +261,25 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     console = Console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in result.items():
-        table.add_row(name.replace("_", " "), Text(_readable(value)))  # Text: names of files are no markup
+        shown = Text("\n".join(map(printable, _lines(value))))  # names of files are no markup
+        table.add_row(name.replace("_", " "), shown)
     console.print(table)
     if picture is not None:
         console.print(picture)
 
 
-def _readable(value: Any, separator: str = "\n") -> str:
+def _lines(value: Any) -> list[str]:
+    """A value as lines: each entry of a dictionary is one."""
+    if isinstance(value, dict) and value:
+        return [f"{k}: {_readable(v)}" for k, v in value.items()]
+    return [_readable(value)]
+
+
+def _readable(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return separator.join(f"{k}: {_readable(v, ', ')}" for k, v in value.items()) or "none"
+        return ", ".join(f"{k}: {_readable(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
         return " to ".join(map(_readable, value)) if len(value) == 2 else ", ".join(map(_readable, value))
     return "none" if value is None else str(value)

@@ -5,10 +5,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from adaptrm import paths
@@ -16,6 +16,11 @@ from adaptrm.errors import InputError
 from adaptrm.yaml_text import read_yaml
 
 STRICT = ConfigDict(extra="forbid")
+NotNegative = Annotated[FiniteFloat, Field(ge=0)]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+RowLength = Annotated[int, Field(gt=0, le=2**20)]
+Rows = Annotated[int, Field(gt=0, le=2**16)]
 VERBS = ("judge", "reward")
 
 
@@ -51,8 +56,8 @@ class DataOptions:
     labels: str | None = None
     rules: str | None = None
     template: str = "conversation-first"
-    row_length: PositiveInt = 1024
-    rows_per_step: PositiveInt = 8
+    row_length: RowLength = 1024
+    rows_per_step: Rows = 8
     exact_batch: bool = False
     pairs_per_step: PositiveInt | None = None  # with exact_batch: pairs (or replies), however many rows they take
     overlong: Literal["fail", "drop", "truncate"] = "fail"  # than a row; truncated from the left
@@ -63,14 +68,14 @@ class DataOptions:
 class OptimizerOptions:
     """AdamW, its schedule and clipping."""
 
-    learning_rate: FiniteFloat = 2e-5
+    learning_rate: NotNegative = 2e-5
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NonNegativeInt = 10
-    weight_decay: FiniteFloat = 0.0
-    b1: FiniteFloat = 0.9
-    b2: FiniteFloat = 0.999
-    eps: FiniteFloat = 1e-8
-    clip_norm: FiniteFloat = 1.0
+    weight_decay: NotNegative = 0.0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Positive = 1e-8
+    clip_norm: Positive = 1.0
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,5 +1,7 @@
 """The one exception for input that a user can mend, and how a line about it is shown."""
 
+LONGEST = 1000  # characters of a line; fields of the user's may be longer
+
 
 def printable(text: str) -> str:
     """A text as one line for a terminal: what users and models wrote may hold line ends and escape sequences."""
@@ -13,4 +15,5 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        shown = printable(message)
+        super().__init__(shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 300]} ... {shown[-290:]}")

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
+from adaptrm import paths
 from adaptrm.data.labels import Label, write_labels
 from adaptrm.data.preferences import read_pairs
 from adaptrm.data.rows import BadRows, source_hash
@@ -45,7 +45,13 @@ def label(job: LabelJob) -> dict[str, Any]:
     """
     manifest = read_manifest(job.scores)
     source = job.pairs or manifest["pairs"]
-    if (found := source_hash(source)) != manifest["pairs_sha256"]:
+    paths.check_apart(job.out, source)
+    try:
+        found = source_hash(source)
+    except InputError as wrong:
+        moved = "" if job.pairs else "; it was scored under this name: give --pairs with where it lies now"
+        raise InputError(f"{wrong}{moved}") from None
+    if found != manifest["pairs_sha256"]:
         raise InputError(
             f"{source}: not the pairs that {job.scores} was made of (SHA-256 {found[:12]}..., there "
             f"{manifest['pairs_sha256'][:12]}...); give --pairs with the file that was scored, or score again"
@@ -59,7 +65,9 @@ def label(job: LabelJob) -> dict[str, Any]:
 
     def labels() -> Iterator[Label]:
         # Rows that were skipped when the pairs were scored are skipped again; score listed them.
-        stream, row = read_pairs(source, BadRows(manifest.get("on_bad_row", "fail"), listed=False)), 0
+        bad = BadRows(manifest.get("on_bad_row", "fail"), listed=False)
+        lenient = bad.on_bad_row == "skip" and manifest.get("truncate_to") is not None  # some could not be cut so far
+        stream, row = read_pairs(source, bad), 0
         for scores in read_parts(job.scores):
             try:
                 chosen = select(
@@ -76,12 +84,14 @@ def label(job: LabelJob) -> dict[str, Any]:
                 )
             except ValueError as wrong:
                 raise InputError(f"{job.scores}: {wrong}") from None
-            some = list(islice(stream, len(scores)))
-            if len(some) < len(scores):
-                raise InputError(f"{job.scores}: holds more rows than {source} has pairs; score again")
-            for i, pair in enumerate(some):
-                if pair.id != scores.ids[i]:
-                    raise InputError(f"{job.scores}: pair {scores.ids[i]!r} is {pair.id!r} in {source}; score again")
+            for i, name in enumerate(scores.ids):
+                pair = next(stream, None)
+                while lenient and pair is not None and pair.id != name:
+                    pair = next(stream, None)
+                if pair is None:
+                    raise InputError(f"{job.scores}: holds more rows than {source} has pairs; score again")
+                if pair.id != name:
+                    raise InputError(f"{job.scores}: pair {name!r} is {pair.id!r} in {source}; score again")
                 counts["pairs"] += 1
                 sign = int(chosen.preferred[i])
                 if sign == 0:
@@ -97,7 +107,7 @@ def label(job: LabelJob) -> dict[str, Any]:
                 p = float(chosen.probability[i])
                 yield Label(pair.id, pair.prompt, *sides, rules, margin, max(p, 1 - p))
             row += len(scores)
-        if next(stream, None) is not None:
+        if not lenient and next(stream, None) is not None:
             raise InputError(f"{job.scores}: holds fewer rows than {source} has pairs; score again")
 
     written = write_labels(job.out, labels())

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -37,7 +36,7 @@ def hold(folder: str | PathLike) -> Iterator[None]:
 @contextmanager
 def _file_lock(folder: str | PathLike) -> Iterator[None]:
     paths.make_dir(folder)
-    lock = FileLock(Path(folder) / LOCK, blocking=False)
+    lock = FileLock(paths.here(folder) / LOCK, blocking=False)
     try:
         lock.acquire()
     except Timeout:

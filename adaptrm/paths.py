@@ -81,11 +81,23 @@ def is_dir(path: str | os.PathLike) -> bool:
     return _kind(path) == "directory"
 
 
+def here(path: str | os.PathLike) -> Path:
+    """A local path; ``~`` is the home folder, as it is for fsspec."""
+    return Path(path).expanduser()
+
+
+def check_apart(out: str | os.PathLike, source: str | os.PathLike) -> None:
+    """Raise where a result would be written over what it is made of."""
+    same = is_local(out) and is_local(source) and os.path.realpath(here(out)) == os.path.realpath(here(source))
+    if same or str(out) == str(source):
+        raise InputError(f"{out}: is what is read; give another --out")
+
+
 def make_dir(path: str | os.PathLike) -> None:
     """Make a folder; a clear line where it cannot be made or a file is in the way. Stores have none to make."""
     if is_local(path):  # s3fs would make a bucket that is not there
         with told(path, "cannot make this folder", "give another --out"):
-            os.makedirs(path, exist_ok=True)
+            os.makedirs(here(path), exist_ok=True)
 
 
 def names(folder: str | os.PathLike) -> list[str]:
@@ -236,6 +248,8 @@ def writing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             with told(path, *WRITE):
                 fs.put_file(stream.name, inner)
         return
+    if os.path.exists(inner) and not os.path.isfile(inner):  # a folder, or a device that would be replaced
+        raise InputError(f"{path}: is no file; give another --out")
     partial = f"{inner}.partial"
     with told(path, *WRITE):
         os.makedirs(os.path.dirname(inner), exist_ok=True)
@@ -279,8 +293,8 @@ def filling(folder: str | os.PathLike, last: str) -> Iterator[Path]:
     """
     if is_local(folder):
         make_dir(folder)
-        yield Path(folder)
+        yield here(folder)
         return
-    with tempfile.TemporaryDirectory(prefix="adaptrm-") as here:
-        yield Path(here)
-        send(Path(here), folder, last)
+    with tempfile.TemporaryDirectory(prefix="adaptrm-") as staging:
+        yield Path(staging)
+        send(Path(staging), folder, last)

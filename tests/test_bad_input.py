@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from commands import adaptrm, in_process, pair_rows, write_rows
@@ -203,6 +205,95 @@ CASES = {
         r"lm: has no score\.weight; this is not a reward model, train one from it first",
     ),
 }
+
+
+BROKEN = r"lm: the tokenizer (fails|cannot be read): "
+SPEC = {
+    "that panics": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+    "that panics when it is read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "without a token for what it does not know": {
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "<|im_start|>": 1, "<|im_end|>": 2}, "unk_token": "?"}
+    },
+}
+
+
+def tokenizer(change: dict):
+    spec = json.loads(Path("lm/tokenizer.json").read_text())
+    put("lm/tokenizer.json", json.dumps(spec | change))
+
+
+def odd_parquet():
+    """A column of texts that holds bytes that are no UTF-8."""
+    ends, data = (pa.py_buffer(content) for content in (b"\0\0\0\0\2\0\0\0\3\0\0\0", b"\xff\xfeb"))
+    odd = pa.Array.from_buffers(pa.string(), 2, [None, ends, data])
+    columns = {"id": ["1", "2"], "prompt": ["p", "q"], "response_a": odd, "response_b": ["x", "y"]}
+    pq.write_table(pa.table(columns), "odd.parquet")
+
+
+CASES |= {
+    f"a tokenizer {name}": (
+        lambda change=change: tokenizer(change),
+        SCORE,
+        r"lm: the tokenizer (fails|cannot be read): ",
+    )
+    for name, change in SPEC.items()
+}
+CASES |= {
+    "a Parquet file of texts that are no UTF-8": (
+        odd_parquet,
+        SCORE.replace("pairs.jsonl", "odd.parquet") + " --on-bad-row skip",
+        r"odd\.parquet: not a whole Parquet file: 'utf-8' codec can't decode",
+    ),
+    "an id of blanks": (
+        lambda: change("pairs.jsonl", 2, id=" "),
+        SCORE,
+        r"pairs\.jsonl: line 2: id is empty or no text",
+    ),
+    "labels over the pairs that they are of": (
+        lambda: None,
+        LABEL.replace("out.jsonl", "./pairs.jsonl"),
+        r"\./pairs\.jsonl: is what is read; give another --out",
+    ),
+    "labels over something that is no file": (
+        lambda: os.mkfifo("out.jsonl"),
+        LABEL,
+        r"out\.jsonl: is no file; give another --out",
+    ),
+    "pairs that lie elsewhere now": (
+        lambda: put("scores/manifest.json", json.dumps(manifest() | {"pairs": "old/pairs.jsonl"})),
+        LABEL.replace("--pairs pairs.jsonl", ""),
+        r"old/pairs\.jsonl: does not exist; check the path; it was scored under this name: give --pairs",
+    ),
+    "a manifest that cannot be": (
+        lambda: put("scores/manifest.json", json.dumps(manifest() | {"rules": "abc"})),
+        LABEL,
+        r"scores/manifest\.json: not a manifest; make the scores again with adaptrm score",
+    ),
+    "a manifest of very many parts": (
+        lambda: put("scores/manifest.json", json.dumps(manifest() | {"parts": 10**11})),
+        LABEL,
+        r"scores: has 1 of 100000000000 parts; run the same adaptrm score again, it continues",
+    ),
+    "a margin that no float holds": (
+        lambda: change("labels.jsonl", 1, rule_margin=10**400),
+        TRAIN,
+        r".*/labels\.jsonl: line 1: rules must be a list of ids, rule_margin a number below 1e9",
+    ),
+    "a limit that nothing fits": (
+        lambda: None,
+        f"{SCORE} --truncate-to 20",
+        r"pairs\.jsonl: pair 'p0': has \d+ tokens with all but .* cut, more than 20; raise --truncate-to",
+    ),
+    "pairs that nobody judged": (
+        lambda: change("pairs.jsonl", 1, preferred=None),
+        TRAIN.replace("labels.jsonl", "human"),
+        r".*/pairs\.jsonl: nothing to train on; no example has a label",
+    ),
+}
+
+
+def manifest() -> dict:
+    return json.loads(Path("scores/manifest.json").read_text())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

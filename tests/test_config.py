@@ -83,6 +83,10 @@ def test_every_text_option_is_kept_from_yaml():
         ("judge: {}", "has no section 'reward'; it has judge"),
         ("reward: {seed: many}", "reward.seed: Input should be a valid integer"),
         ("reward: {seed: 1.5}", "reward.seed: Input should be a valid integer"),
+        ("reward: {optimizer: {learning_rate: -1}}", "learning_rate: Input should be greater than or equal to 0"),
+        ("reward: {optimizer: {b1: 7}}", "reward.optimizer.b1: Input should be less than 1"),
+        ("reward: {optimizer: {clip_norm: 0}}", "reward.optimizer.clip_norm: Input should be greater than 0"),
+        ("reward: {data: {row_length: 9999999999}}", "row_length: Input should be less than or equal to 1048576"),
         ("reward: {optimizer: {learning_rate: [1]}}", "reward.optimizer.learning_rate: Input should be a valid number"),
         ("reward: {optimizer: {schedule: cosin}}", "reward.optimizer.schedule: Input should be 'constant', 'linear'"),
         ("reward: {model: {dtype: float16}}", "reward.model.dtype: Input should be 'float32' or 'bfloat16'"),
@@ -179,7 +183,7 @@ def test_paths_and_names_are_never_read_as_yaml(name):
 def options() -> st.SearchStrategy[dict]:
     """Sections with a few keys of every kind, names as awkward as YAML can make them."""
     names = st.none() | st.sampled_from(["on", "null", "~", "a: b", "#", "'", "\n", "1", "é ✓", "- x"]) | st.text()
-    numbers = st.floats(allow_nan=False, allow_infinity=False)
+    numbers = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
     return st.fixed_dictionaries(
         {},
         optional={

@@ -135,7 +135,14 @@ def test_people_see_every_subset_and_no_markup(tmp_path):
     result, _ = evaluated([pair("p0", 2, 1, "a", "[red]x[/red]"), *PAIRS], tmp_path)
     shown = for_people(result)
     table = shown.pop("table")
-    assert shown == {"suite": "pairs", "model": "m", "dtype": "float32", "n": 8, "skipped": 1, "ties": 3}
+    assert shown == {
+        "suite": "pairs",
+        "model": "m",
+        "dtype": "float32",
+        "n": 8,
+        "pairs_without_preference": 1,
+        "ties": 3,
+    }
     console = Console(width=80)
     with console.capture() as text:
         console.print(table)

@@ -85,7 +85,7 @@ def test_the_command_takes_a_table(tmp_path):
     command = ["score", "--pairs", one.pairs, "--judge", one.judge, "--rules", one.rules, "--out", one.out]
     command += ["--columns", COLUMNS[0], "--columns", COLUMNS[1], "--range", "1,5"]
     checked = json.loads(adaptrm(*command, "--dry-run", "--json").stdout)
-    assert checked == {"pairs": 5, "rules": 3, "rows": 10} == dry_run(one)
+    assert checked == {"pairs": 5, "skipped_rows": 0, "rules": 3, "rows": 10} == dry_run(one)
     assert not (tmp_path / "scores").exists()
     assert json.loads(adaptrm(*command, "--json").stdout)["pairs"] == 5
     manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())

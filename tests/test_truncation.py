@@ -1,17 +1,23 @@
 """Cutting from the left: only where asked, oldest first, as little as possible, never past the last characters."""
 
+import numpy as np
 import pytest
+from commands import pair_rows, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TOKENIZERS, tiny_pool, tiny_tokenizer
+from refusals import refused
+from tiny import TOKENIZERS, tiny_pairs, tiny_pool, tiny_tokenizer
 
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import pair_length, pair_tree
 from adaptrm.data.preferences import ROLES, Pair, load_pairs
-from adaptrm.data.truncation import Truncation, truncated
+from adaptrm.data.rows import BadRows, source_hash
+from adaptrm.data.scores import Scores, write_manifest, write_part
+from adaptrm.data.truncation import Truncation, truncated, usable
 from adaptrm.errors import InputError
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.judge.score import question_length
+from adaptrm.label import LabelJob, label
 
 
 def says(role: str, content: str) -> dict:
@@ -159,3 +165,33 @@ def test_the_judge_is_asked_no_longer_question_than_the_limit(chat):
     cut = truncated(pair, question_length(prompt), 400)
     texts = [prompt.text(cut.prompt, side, rule) for rule in range(12) for side in (cut.response_a, cut.response_b)]
     assert 395 <= max(map(len, prompt.chat.encode_many(texts))) <= 400
+
+
+def test_pairs_that_a_model_refuses_are_bad_rows(capsys):
+    pairs = tiny_pairs(3)
+
+    def length(pair) -> int:
+        if pair.id == "p1":
+            raise InputError("pair 'p1': no system role")
+        return len(pair.response_a)
+
+    bad = BadRows("skip")
+    assert list(usable(pairs, Truncation(length, None), bad, "pairs.jsonl")) == [pairs[0], pairs[2]]
+    assert bad.count == 1 and capsys.readouterr().err == "skipped pairs.jsonl: pair 'p1': no system role\n"
+    with pytest.raises(InputError, match=r"^pairs\.jsonl: pair 'p1': no system role$"):
+        list(usable(pairs, Truncation(length, 10**6), BadRows(), "pairs.jsonl"))
+
+
+@pytest.mark.parametrize("truncate_to", [None, 500])
+def test_labels_go_past_pairs_that_could_not_be_cut_so_far(tmp_path, truncate_to):
+    pairs = tiny_pairs(3)
+    source = write_rows(tmp_path / "pairs.jsonl", pair_rows(pairs))
+    manifest = {"rules": ["r"], "pairs": str(source), "pairs_sha256": source_hash(source), "count": 2, "parts": 1}
+    write_manifest(tmp_path / "scores", manifest | {"on_bad_row": "skip", "truncate_to": truncate_to})
+    one = np.ones((2, 1), np.float32)
+    write_part(tmp_path / "scores", 0, Scores(["p0", "p2"], ["r"], one, -one, one, one, one, one, one))
+    job = LabelJob(str(tmp_path / "scores"), str(tmp_path / "labels.jsonl"), k=1)
+    if truncate_to is None:  # then none can be missing
+        assert "pair 'p2' is 'p1' in" in refused(label, job)
+    else:
+        assert label(job)["labelled"] == 2

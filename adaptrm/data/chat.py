@@ -13,11 +13,13 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
+from jinja2 import Environment, TemplateSyntaxError
 
 from adaptrm.data.time_limit import run_within
 from adaptrm.errors import InputError
@@ -65,7 +67,8 @@ class ChatTokenizer:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # A message without any of these characters can be no part of an added token.
         self._edges = sorted({text[i] for text in added for i in (0, -1)})
-        self._guarded = Tokenizer.from_str(json.dumps(_respell(spec, self._surfaces)))
+        with _told(where, "cannot be read"):
+            self._guarded = Tokenizer.from_str(json.dumps(_respell(spec, self._surfaces)))
         self._guarded.no_truncation()
         self._guarded.no_padding()
         between_letters = self.encode_many(f"a{surface}a" for surface in self._surfaces.values())
@@ -81,6 +84,10 @@ class ChatTokenizer:
             raise InputError(f"{self.where}: has no chat template; add chat_template.jinja to the folder")
         if not isinstance(template, str):
             raise InputError(f"{self.where}: chat_template must be a text, not {type(template).__name__}")
+        # One power can take hours in a single step of Python, where no time limit reaches it.
+        with suppress(TemplateSyntaxError):  # which rendering tells
+            if any(token[1:] == ("operator", "**") for token in Environment().lex(template)):
+                raise InputError(f"{self.where}: the chat template computes a power (**); take that out of it")
         return _freeze_date(template)
 
     @classmethod
@@ -101,10 +108,8 @@ class ChatTokenizer:
             raise InputError(
                 f"{folder}: tokenizer.model alone needs sentencepiece; pip install 'adaptrm[sentencepiece]'"
             )
-        try:
+        with _told(str(folder), "cannot be read"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as wrong:  # transformers raises many kinds for a broken tokenizer
-            raise InputError(f"{folder}: the tokenizer cannot be read: {_first_line(wrong)}") from None
         return cls(tokenizer, str(folder))
 
     @property
@@ -185,10 +190,11 @@ class ChatTokenizer:
 
     def encode(self, rendered: str) -> Int32[np.ndarray, " tokens"]:
         """Token ids of rendered text; special tokens are those that the template wrote."""
-        return np.asarray(self._guarded.encode(rendered, add_special_tokens=False).ids, np.int32)
+        return self.encode_many([rendered])[0]
 
     def encode_many(self, rendered: Iterable[str]) -> list[Int32[np.ndarray, " tokens"]]:
-        batch = self._guarded.encode_batch(list(rendered), add_special_tokens=False)
+        with _told(self.where, "fails"):
+            batch = self._guarded.encode_batch(list(rendered), add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in batch]
 
     def encode_chat(
@@ -243,6 +249,19 @@ def _replace_all(text: str, pairs: Mapping[str, str]) -> str:
 
 def _first_line(wrong: Exception) -> str:
     return next((line.strip() for line in str(wrong).splitlines() if line.strip()), type(wrong).__name__)
+
+
+@contextmanager
+def _told(where: str, failed: str) -> Iterator[None]:
+    """One line for whatever a broken tokenizer raises: transformers many kinds, the Rust code below it panics."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as wrong:
+        if not isinstance(wrong, Exception) and type(wrong).__name__ != "PanicException":
+            raise
+        raise InputError(f"{where}: the tokenizer {failed}: {_first_line(wrong)}") from None
 
 
 def _respell(spec: dict, surfaces: Mapping[str, str]) -> dict:

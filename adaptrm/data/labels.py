@@ -51,7 +51,7 @@ def write_labels(path: str | os.PathLike, labels: Iterator[Label]) -> int:
     with paths.writing(path) as stream:
         if not str(path).endswith(".parquet"):
             for label in labels:
-                stream.write((json.dumps(label.to_row(), ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+                stream.write((json.dumps(label.to_row(), ensure_ascii=False) + "\n").encode())
                 count += 1
             return count
         import pyarrow as pa
@@ -99,8 +99,8 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
         if not isinstance(probability, int | float) or not 0.5 <= probability <= 1:
             raise InputError(f"{at}: probability is {probability!r}; it must be .5 to 1")
         rules, margin = row.get("rules") or [], row.get("rule_margin") or 0
-        if not isinstance(rules, list) or not isinstance(margin, int | float):
-            raise InputError(f"{at}: rules must be a list of ids, rule_margin a number")
+        if not isinstance(rules, list) or not isinstance(margin, int | float) or not abs(margin) < 1e9:
+            raise InputError(f"{at}: rules must be a list of ids, rule_margin a number below 1e9")
         rules = tuple(map(str, rules))
         yield Label(str(row["id"]), check_prompt(row["prompt"], at), *sides, rules, float(margin), float(probability))
 

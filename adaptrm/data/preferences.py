@@ -98,7 +98,7 @@ def pairs_of_row(row: Row, where: str) -> Iterator[Pair]:
     row_id = row.get("id")
     if row_id is None:
         row_id = hashlib.sha256(canonical(row)).hexdigest()[:16]
-    row_id = _whole(str(row_id), "id", where)
+    row_id = check_response(str(row_id), "id", where)
     subset = row.get("subset")
     subset = None if subset is None else _whole(str(subset), "subset", where)
     for suffix, prompt, a, b, preferred in FORMS[form](row, where):

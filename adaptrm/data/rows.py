@@ -38,7 +38,7 @@ class BadRows:
             raise wrong
         self.count += 1
         if self.listed:
-            say(f"skipped {' '.join(str(wrong).splitlines())}")
+            say(f"skipped {wrong}")
 
 
 def rows_of(source: Source, bad: BadRows) -> Iterator[tuple[str, Row]]:
@@ -96,7 +96,7 @@ def read_rows(path: str | os.PathLike, bad: BadRows | None = None) -> Iterator[t
                     for row in batch.to_pylist():
                         number += 1
                         yield f"row {number}", row
-            except (pyarrow.lib.ArrowException, OSError) as wrong:
+            except (pyarrow.lib.ArrowException, OSError, UnicodeDecodeError) as wrong:  # a text that is not UTF-8
                 raise InputError(f"{path}: not a whole Parquet file: {str(wrong).splitlines()[0]}") from None
         return
     with paths.reading(path) as stream:

@@ -83,8 +83,11 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{folder}: no manifest.json; this is not a score folder, make one with adaptrm score")
     try:
         manifest = json.loads(paths.read_bytes(file))
-        list(manifest["rules"]), int(manifest["parts"]), str(manifest["pairs"]), str(manifest["pairs_sha256"])
-    except (ValueError, KeyError, TypeError):
+        kinds = {"rules": list, "parts": int, "pairs": str, "pairs_sha256": str}
+        good = all(type(manifest[name]) is kind for name, kind in kinds.items())
+        if not good or not all(isinstance(rule, str) for rule in manifest["rules"]):
+            raise ValueError(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{file}: not a manifest; make the scores again with adaptrm score") from None
     return manifest
 
@@ -112,7 +115,7 @@ def read_parts(folder: str | os.PathLike) -> Iterator[Scores]:
     manifest = read_manifest(folder)
     rules = list(manifest["rules"])
     parts = [name for name in paths.names(folder) if name.startswith("part-") and name.endswith(".parquet")]
-    if parts != [part_name(i) for i in range(manifest["parts"])]:
+    if len(parts) != manifest["parts"] or parts != [part_name(i) for i in range(len(parts))]:
         raise InputError(
             f"{folder}: has {len(parts)} of {manifest['parts']} parts; run the same adaptrm score again, it continues"
         )

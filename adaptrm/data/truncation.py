@@ -1,9 +1,10 @@
 """Conversations cut from the left until they fit: done only where an option asks for it, and counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from adaptrm.data.preferences import Pair
+from adaptrm.data.rows import BadRows
 from adaptrm.errors import InputError
 
 
@@ -24,6 +25,23 @@ class Truncation:
         cut = truncated(pair, self.length, self.limit)
         self.count += cut is not pair
         return cut
+
+
+def usable(pairs: Iterable[Pair], cut: Truncation, bad: BadRows, name: str) -> Iterator[Pair]:
+    """Pairs that the model takes, cut where they have to be: others, that its template refuses, are bad rows.
+
+    Args:
+        name: of where the pairs come from, for messages.
+    """
+    for pair in pairs:
+        try:
+            if bad.on_bad_row == "skip":
+                cut.length(pair)  # renders it
+            fitting = cut(pair)
+        except InputError as wrong:
+            bad(InputError(f"{name}: {wrong}"))
+            continue
+        yield fitting
 
 
 def truncated(pair: Pair, length: Callable[[Pair], int], limit: int) -> Pair:

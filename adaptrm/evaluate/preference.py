@@ -40,6 +40,7 @@ def evaluate_pairs(
     model: str,
     dtype: str,
     suite: str = "pairs",
+    data: str = "pairs",
     sections: Sections | None = None,
     counts: Mapping[str, Callable[[], int]] | None = None,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def evaluate_pairs(
     Args:
         scorer: pairs to rewards ``[pairs, 2]`` of responses A and B.
         out: ``FILE.json``.
+        data: what the pairs are called in errors.
         sections: what a benchmark adds to the result, from the counts of each subset.
         counts: what else the result counts (rows that were skipped), asked when all pairs have been read.
 
@@ -67,6 +69,7 @@ def evaluate_pairs(
     schema = pa.schema([("id", pa.string()), ("subset", pa.string()), ("scores", pa.list_(pa.float32(), 2))])
     stream = iter(pairs)
     rows_file = str(out).removesuffix(".json") + ".rows.parquet"
+    paths.check_apart(rows_file, data)
     with paths.writing(rows_file) as sink, pq.ParquetWriter(sink, schema) as writer:
         while some := list(islice(stream, PAIRS_AT_ONCE)):
             known = [pair for pair in some if pair.preferred is not None]
@@ -88,7 +91,7 @@ def evaluate_pairs(
                 count.ties += int(chosen == rejected)
         # In here, so that what is wrong with all rows together leaves no file of rows behind.
         if not of_subsets:
-            raise InputError("no pair says which response is preferred; there is nothing to measure")
+            raise InputError(f"{data}: no pair says which response is preferred; there is nothing to measure")
         in_sections = sections(of_subsets) if sections else {"sections": {}}
     every = Count(*(sum(getattr(count, name) for count in of_subsets.values()) for name in ("n", "right", "ties")))
     result = {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from adaptrm.errors import printable
 from adaptrm.evaluate.rewardbench import SECTIONS
 
 
@@ -29,7 +30,7 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
         if found := result["subsets"].get(subset):
             short = result.get("incomplete", {}).get(subset)
             n = f"{found['n']} of {short['published']}" if short else str(found["n"])
-            name = Text(subset)  # a name from the user's file is no markup
+            name = Text(printable(subset))  # a name from the user's file is no markup
             table.add_row(name, n, *_per_cent(found["accuracy"], found["ci95"]))
     if short := result.get("incomplete"):
         absent = [subset for subset, count in short.items() if not count["n"]]

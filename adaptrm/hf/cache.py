@@ -13,7 +13,7 @@ from adaptrm.errors import InputError
 from adaptrm.progress import say
 
 # What a model folder is read for. The names come from outside: none of these leads out of the cache.
-WANTED = re.compile(r"tokenizer\.model|\w[\w.-]*\.(json|safetensors|jinja)", re.ASCII)
+WANTED = re.compile(r"tokenizer\.model|merges\.txt|\w[\w.-]*\.(json|safetensors|jinja)", re.ASCII)
 
 
 def cache_folder() -> Path:
@@ -29,7 +29,7 @@ def local_copy(folder: str | os.PathLike) -> Path:
         InputError: it holds no such files, or cannot be read.
     """
     if paths.is_local(folder):
-        return Path(folder)
+        return paths.here(folder)
     versions = {name: version for name, version in paths.files(folder).items() if WANTED.fullmatch(name)}
     if not versions:
         raise InputError(f"{folder}: holds no files of a model or tokenizer; check the address")

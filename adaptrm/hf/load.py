@@ -49,7 +49,7 @@ def resolve_model(model: str | os.PathLike) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
         # Mistral's folders hold their weights a second time, in another layout.
         return Path(snapshot_download(str(model), allow_patterns=patterns, ignore_patterns="consolidated*"))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as wrong:

@@ -14,7 +14,7 @@ from adaptrm import paths
 from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.data.rows import BadRows, OnBadRow, source_hash
 from adaptrm.data.scores import Scores, part_name, read_part, write_manifest, write_part
-from adaptrm.data.truncation import Truncation
+from adaptrm.data.truncation import Truncation, usable
 from adaptrm.errors import InputError
 from adaptrm.judge.language_model import Judge
 from adaptrm.judge.prompts import JudgePrompt
@@ -63,13 +63,13 @@ class ScoreJob:
         return table
 
     def truncation(self, source: Judge | Table) -> Truncation:
-        """What cuts pairs to ``truncate_to``; a table has no tokens, so that nothing is cut."""
-        length = question_length(source.prompt) if isinstance(source, Judge) else len
+        """What cuts pairs to ``truncate_to``."""
+        length = question_length(source.prompt) if self.truncate_to is not None else lambda pair: 0
         return Truncation(length, self.truncate_to)
 
     def parts(self, bad: BadRows, cut: Truncation) -> Iterator[list[Pair]]:
         """Runs of ``part_size`` pairs."""
-        stream = map(cut, read_pairs(self.pairs, bad))
+        stream = usable(read_pairs(self.pairs, bad), cut, bad, self.pairs)
         while part := list(islice(stream, self.part_size)):
             yield part
 
@@ -86,11 +86,14 @@ def score(job: ScoreJob) -> dict[str, Any]:
     """
     with hold(job.out):
         pool = RulePool.load(job.rules)
-        bad = BadRows(job.on_bad_row)
+        bad = BadRows(job.on_bad_row, listed=job.truncate_to is None)
         count = sum(1 for _ in read_pairs(job.pairs, bad))  # every row is checked before the judge is loaded
         if not count:
             raise InputError(f"{job.pairs}: holds no pairs")
         source = job.source(pool)
+        if job.truncate_to is not None:  # what cannot be cut so far has to be known before anything is written
+            bad = BadRows(job.on_bad_row)
+            count = sum(map(len, job.parts(bad, job.truncation(source))))
         parts = -(-count // job.part_size)
         write_manifest(job.out, _manifest(job, source, pool, count, parts))
         done = set(paths.names(job.out))
@@ -147,10 +150,13 @@ def _check_finite(scores: Scores, job: ScoreJob) -> None:
 def dry_run(job: ScoreJob) -> dict[str, Any]:
     """Tokenise everything, time one batch, and predict the rest; of a table, check that it has what is needed."""
     pool = RulePool.load(job.rules)
+    if next(read_pairs(job.pairs, BadRows(job.on_bad_row, listed=False)), None) is None:
+        raise InputError(f"{job.pairs}: holds no pairs")
     judge = job.source(pool)
     bad, cut = BadRows(job.on_bad_row), job.truncation(judge)
     if isinstance(judge, Table):
-        return {"pairs": sum(map(len, job.parts(bad, cut))), "rules": len(pool), "rows": len(judge)}
+        count = sum(map(len, job.parts(bad, cut)))
+        return {"pairs": count, "skipped_rows": bad.count, "rules": len(pool), "rows": len(judge)}
     at_once = judge.mesh.shape["data"] * judge.mesh.shape["fsdp"]
     count = tokens = computed = separate = 0
     shapes: dict[int, int] = {}
@@ -165,8 +171,6 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
         tokens += sum(map(len, trees))
         computed += batches * at_once * row_length
         separate += sum(int(tree.positions[leaf]) + 1 for tree in trees for leaf in tree.leaves)
-    if not count:
-        raise InputError(f"{job.pairs}: holds no pairs")
     sample = sample[: max(1, 4096 // len(sample[0]))]
     judge.read_leaves(sample)  # compiles
     start = time.perf_counter()

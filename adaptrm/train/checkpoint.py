@@ -36,7 +36,7 @@ class Checkpoints:
         self._ends, self._sender = ExitStack(), None
         self._sent: Future | None = None
         if paths.is_local(folder):
-            self._here = Path(folder).absolute()
+            self._here = paths.here(folder).absolute()
         else:
             staging = tempfile.TemporaryDirectory(prefix="adaptrm-", ignore_cleanup_errors=True)
             self._here = Path(self._ends.enter_context(staging))

@@ -94,18 +94,24 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore
 def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) -> tuple[TreeStore, dict[str, int]]:
     store, limit, labelled = TreeStore(), options.row_length, False
     counts = {"dropped": 0, "truncated": 0}
+    source = options.pairs or options.labels
     for pair, make_tree, targets, weights in examples:
-        tree = make_tree(pair)
+        try:
+            tree = make_tree(pair)
+            if len(tree) > limit and options.overlong == "truncate":
+                tree = make_tree(truncated(pair, lambda cut, make=make_tree: len(make(cut)), limit))
+                counts["truncated"] += 1
+        except InputError as wrong:  # the template refuses it, or nothing of it fits
+            bad(InputError(f"{source}: {wrong}"))
+            continue
         if len(tree) > limit:
             if options.overlong == "fail":
                 raise InputError(
-                    f"{options.pairs or options.labels}: {pair.id!r} has {len(tree)} tokens, a row {limit}; "
+                    f"{source}: {pair.id!r} has {len(tree)} tokens, a row {limit}; "
                     "raise data.row_length, or set data.overlong: drop or truncate"
                 )
-            counts["dropped" if options.overlong == "drop" else "truncated"] += 1
-            if options.overlong == "drop":
-                continue
-            tree = make_tree(truncated(pair, lambda cut, make=make_tree: len(make(cut)), limit))
+            counts["dropped"] += 1
+            continue
         labelled |= any(weights)
         store.append(tree, targets, weights)
     for what, count in counts.items():
@@ -113,5 +119,5 @@ def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) ->
             total = len(store) + counts["dropped"]
             say(f"{what} {count} of {total} examples: longer than a row of {limit} tokens")
     if not labelled:
-        raise InputError(f"{options.labels}: nothing to train on; no example has a label")
+        raise InputError(f"{source}: nothing to train on; no example has a label")
     return store.freeze(), {"skipped_rows": bad.count} | counts

@@ -99,7 +99,7 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
     if scratch is not None:
         scratch = replace(scratch, tokenizer=placed(scratch.tokenizer, os.path.isdir))
     model = replace(model, pretrained=placed(model.pretrained, os.path.isdir), scratch=scratch)
-    data = replace(data, pairs=placed(data.pairs), labels=placed(data.labels), rules=placed(data.rules))
+    data = replace(data, pairs=placed(data.pairs, os.path.exists), labels=placed(data.labels), rules=placed(data.rules))
     return replace(options, model=model, data=data)
 
 
