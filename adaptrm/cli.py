@@ -94,7 +94,7 @@ def score(
     dtype: Annotated[Dtype, typer.Option(help="Precision of the judge.")] = Dtype.float32,
     part_size: Annotated[int, typer.Option(min=1, help="Pairs a part; a rerun goes on by whole parts.")] = 256,
     columns: Annotated[
-        list[str] | None, typer.Option(help="RULE=COLUMN of a table, where they differ; repeatable.")
+        list[str] | None, typer.Option(help="RULE=COLUMN,... of a table, where they differ; repeatable.")
     ] = None,
     value_range: Annotated[str, typer.Option("--range", help="LO,HI of a table's values.")] = "-1,1",
     on_bad_row: BadRow = OnBadRow.fail,

@@ -47,11 +47,11 @@ def rule(text: str = "The response is calm.", **fields) -> str:
         (POOL + "- {category: c, text: The response is calm.}", ": line 5: id is missing or no text; give one"),
         (rule(id=5), ": line 5: id is missing or no text; give one, in quotes if it is a number"),
         (rule(id=" "), ": line 5 (rule ' '): id is missing or no text; give one"),
-        (rule(id="B"), ": line 5 (rule 'B'): id must be at most 64 of a-z, 0-9, - and _, and begin with"),
-        (rule(id="-b"), ": line 5 (rule '-b'): id must be at most 64 of a-z"),
-        (rule(id="a b"), ": line 5 (rule 'a b'): id must be at most 64 of a-z"),
-        (rule(id="b\n"), ": line 5 (rule 'b\\n'): id must be at most 64 of a-z"),
-        (rule(id="b" * 65), f": line 5 (rule '{'b' * 65}'): id must be at most 64 of a-z"),
+        (rule(id="é"), ": line 5 (rule 'é'): id must be at most 64 of letters, digits, _, - and ., none of the"),
+        (rule(id="-b"), ": line 5 (rule '-b'): id must be at most 64 of letters"),
+        (rule(id="a b"), ": line 5 (rule 'a b'): id must be at most 64 of letters"),
+        (rule(id="b\n"), ": line 5 (rule 'b\\n'): id must be at most 64 of letters"),
+        (rule(id="b" * 65), f": line 5 (rule '{'b' * 65}'): id must be at most 64 of letters"),
         (POOL + "- {id: b, text: The response is calm.}", ": line 5 (rule 'b'): category is missing; give one"),
         (rule(category=""), ": line 5 (rule 'b'): category is empty; give one"),
         (rule(category=3), ": line 5 (rule 'b'): category must be text, not 3; put it in quotes"),
@@ -64,8 +64,8 @@ def rule(text: str = "The response is calm.", **fields) -> str:
         (rule("The response \u202eis kind."), "delete character U+202E"),
         (rule("The response \ud800is kind."), "delete character U+D800"),
         (
-            rule("The response " + "x" * 188),
-            ": line 5 (rule 'b'): text has 201 characters, at most 200 are allowed; sh",
+            rule("The response " + "x" * 388),
+            ": line 5 (rule 'b'): text has 401 characters, at most 400 are allowed; sh",
         ),
         (rule("The response is kinder than the other."), "speaks of another response ('than the other'), but a judge"),
         (rule("The response repeats the other response."), "speaks of another response ('the other response')"),
@@ -120,7 +120,7 @@ def test_the_pools_of_this_project_are_read_back(pool):
 
 
 PRINTABLE = st.text(max_size=40).map(lambda text: "".join(c for c in text if c.isprintable()).strip())
-IDS = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,8}", fullmatch=True) | st.sampled_from(
+IDS = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,8}", fullmatch=True) | st.sampled_from(
     ["on", "null", "1e3", "0x1", "2024-01-01"]
 )
 RULES = st.lists(

@@ -83,7 +83,7 @@ def test_the_command_takes_a_table(tmp_path):
     table = written(tmp_path, table_rows())
     one = job(tmp_path, table)
     command = ["score", "--pairs", one.pairs, "--judge", one.judge, "--rules", one.rules, "--out", one.out]
-    command += ["--columns", COLUMNS[0], "--columns", COLUMNS[1], "--range", "1,5"]
+    command += ["--columns", ",".join(COLUMNS), "--range", "1,5"]
     checked = json.loads(adaptrm(*command, "--dry-run", "--json").stdout)
     assert checked == {"pairs": 5, "skipped_rows": 0, "rules": 3, "rows": 10} == dry_run(one)
     assert not (tmp_path / "scores").exists()

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +27,8 @@ class Table:
     The values lie in a temporary file; in memory stays a hash and a row number a row.
 
     Args:
-        columns: ``RULE=COLUMN`` where a rule's column is not called like the rule; a dotted column is looked for
-            inside objects and lists (``scores.gpt4.0``).
+        columns: ``RULE=COLUMN``, several by commas, where a rule's column is not called like the rule; a dotted
+            column is looked for inside objects and lists (``scores.gpt4.0``).
         value_range: ``LO,HI``, mapped linearly to [-1, 1].
 
     Raises:
@@ -117,7 +118,7 @@ def _key(pair_id: str, side: str) -> int:
 
 def _columns(given: Sequence[str], rules: RulePool) -> dict[str, str]:
     columns = {rule: rule for rule in rules.ids}
-    for entry in given:
+    for entry in (entry for several in given for entry in re.split(r",(?=[\w.-]+=)", several)):
         rule, equals, column = entry.partition("=")
         if not equals or not column:
             raise InputError(f"--columns {entry}: must be RULE=COLUMN")

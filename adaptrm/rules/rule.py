@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 BEGINNING = "The response "
-MAX_TEXT = 200  # characters
+MAX_TEXT = 400  # characters
 MAX_NAME = 64  # of an id, a category, a pool's name and version
-ID = re.compile(rf"[a-z0-9][a-z0-9_-]{{0,{MAX_NAME - 1}}}")
+ID = re.compile(rf"\w[\w.-]{{0,{MAX_NAME - 1}}}", re.ASCII)
 FIELDS = ("id", "category", "text", "sign")
 # Only what certainly speaks of a second response: a judge sees one, and cannot compare it.
 OTHER_RESPONSE = re.compile(
@@ -48,7 +48,7 @@ def problems(entry: Any) -> Iterator[str]:
     if not isinstance(id, str) or not id.strip():
         yield "id is missing or no text; give one, in quotes if it is a number or a word such as on"
     elif not ID.fullmatch(id):
-        yield f"id must be at most {MAX_NAME} of a-z, 0-9, - and _, and begin with a letter or digit; rename it"
+        yield f"id must be at most {MAX_NAME} of letters, digits, _, - and ., none of the last two first; rename it"
     if wrong := wrong_label(entry.get("category")):
         yield f"category {wrong}"
     yield from _text_problems(entry.get("text"))
