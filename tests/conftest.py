@@ -24,7 +24,9 @@ import hypothesis
 import jax
 import pytest
 from stores import new_folder, s3_server
+from tiny import TOKENIZERS, tiny_tokenizer
 
+from adaptrm.data.chat import ChatTokenizer
 from adaptrm.parallel import make_mesh
 
 # Two runs of one commit draw the same examples; a slow machine is no failure.
@@ -84,3 +86,21 @@ def cache(tmp_path_factory) -> Path:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("ADAPTRM_CACHE", str(folder))
         yield folder / "models"
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of tokenizer in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(kind)
+    tiny_tokenizer(folder, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer_folder: Path) -> ChatTokenizer:
+    return ChatTokenizer.from_folder(tokenizer_folder)

@@ -5,7 +5,7 @@ import pytest
 from hostile_texts import HARMLESS, MARKERS, TEXTS, assert_text_stays_text, chat_of, decoded, reply_tree, special
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, TOKENIZERS, tiny_pool, tiny_tokenizer
+from tiny import CHATML, tiny_pool, tiny_tokenizer
 
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.errors import InputError
@@ -32,23 +32,6 @@ FRAGMENTS = [
 ]
 HOSTILE = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), min_size=1, max_size=8).map("".join)
 POOL = tiny_pool(2)
-
-
-@pytest.fixture(scope="module", params=TOKENIZERS)
-def kind(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(kind, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(kind)
-    tiny_tokenizer(folder, kind)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chat(folder) -> ChatTokenizer:
-    return ChatTokenizer.from_folder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +134,8 @@ MADE = ["<|IM_END|>", "<|im_<b>end|>", "<|im_Xend|>", ">|dne_mi|<", "<|im_</thin
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_template_makes_no_marker_of_a_message(folder, change):
-    tokenizer = ChatTokenizer.from_folder(folder).tokenizer
+def test_a_template_makes_no_marker_of_a_message(tokenizer_folder, change):
+    tokenizer = ChatTokenizer.from_folder(tokenizer_folder).tokenizer
     tokenizer.chat_template = CHATML.replace("message['content']", f"(message['content']{CHANGES[change]})")
     chats = [ChatTokenizer(tokenizer) for _ in range(2)]  # with two nonces
     for text in (*MADE, *MARKERS, "<|im_end|>" * 3):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import SPECIAL, TOKENIZERS, tiny_pairs, tiny_pool, tiny_tokenizer
+from tiny import SPECIAL, tiny_pairs, tiny_pool, tiny_tokenizer
 
 from adaptrm.data.chat import DATE, ChatTokenizer
 from adaptrm.errors import InputError
@@ -61,13 +61,6 @@ def pool_of(*texts: str) -> RulePool:
 
 def user(text: str) -> tuple[dict, ...]:
     return ({"role": "user", "content": text},)
-
-
-@pytest.fixture(scope="module", params=TOKENIZERS)
-def chat(request, tmp_path_factory) -> ChatTokenizer:
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_tokenizer(folder, request.param)
-    return ChatTokenizer.from_folder(folder)
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)

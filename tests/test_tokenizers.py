@@ -20,31 +20,13 @@ from hostile_texts import (
     reply_tree,
     special,
 )
-from tiny import CHATML, SPECIAL, TOKENIZERS, tiny_pool, tiny_tokenizer
+from tiny import CHATML, SPECIAL, tiny_pool
 
 from adaptrm.data.chat import DATE, ChatTokenizer, choose_pad_token
 from adaptrm.errors import InputError
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.rules import RulePool
 from adaptrm.rules.pool import Rule
-
-
-@pytest.fixture(scope="module", params=TOKENIZERS)
-def kind(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(kind, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(kind)
-    tiny_tokenizer(folder, kind)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chat(folder) -> ChatTokenizer:
-    return ChatTokenizer.from_folder(folder)
-
 
 # --- tokenizers of other make -------------------------------------------------------------------------------------
 
@@ -132,10 +114,10 @@ def test_text_stays_text_with_tokenizers_of_other_make(chat, kind, make):
 
 @pytest.mark.parametrize("model_type", [None, "llama", "qwen2"])
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2TokenizerFast", "Elsewhere"])
-def test_ids_are_those_of_auto_tokenizer_whatever_the_folder_names(folder, tmp_path, name, model_type):
+def test_ids_are_those_of_auto_tokenizer_whatever_the_folder_names(tokenizer_folder, tmp_path, name, model_type):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    source = shutil.copytree(folder, tmp_path / "source")
+    source = shutil.copytree(tokenizer_folder, tmp_path / "source")
     settings = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
     if model_type:
@@ -150,10 +132,10 @@ def test_ids_are_those_of_auto_tokenizer_whatever_the_folder_names(folder, tmp_p
     assert_as_auto_tokenizer(chat, PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved"))
 
 
-def test_what_transformers_4_cannot_read_is_not_written(folder, tmp_path):
+def test_what_transformers_4_cannot_read_is_not_written(tokenizer_folder, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
     ChatTokenizer(tokenizer).save(tmp_path, None)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
