@@ -87,7 +87,7 @@ def _take(folder: str | PathLike, file: str, owner: str) -> None:
     """Make the lock object, or take over that of a holder which is dead."""
     first, start = None, time.monotonic()
     while not paths.create(file, _sign(owner, 0)):
-        sign = paths.read_bytes(file) if paths.exists(file) else None
+        sign = _content(file)
         if first is None:
             first = sign
             say(f"{folder}: another run left its lock here; waiting up to {LEASE:.0f} s for a sign of its life")
@@ -106,8 +106,19 @@ def _sign(owner: str, count: int) -> bytes:
     return json.dumps({"owner": owner, "signs": count}).encode()
 
 
+def _content(file: str) -> bytes | None:
+    """What stands in the lock object; None where it has gone since it was seen."""
+    try:
+        return paths.read_bytes(file) if paths.exists(file) else None
+    except InputError:
+        if paths.exists(file):
+            raise
+        return None
+
+
 def _owner(file: str) -> str | None:
     try:
-        return json.loads(paths.read_bytes(file))["owner"] if paths.exists(file) else None
+        content = _content(file)
+        return None if content is None else json.loads(content)["owner"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return None

@@ -1,5 +1,6 @@
 """One process at a time holds a folder."""
 
+import itertools
 import threading
 import time
 
@@ -21,6 +22,26 @@ def test_one_holder_a_folder(store, monkeypatch):
     assert paths.names(store) == []
     with hold(store):
         pass
+
+
+def test_what_is_written_anew_while_it_is_read_is_one_or_the_other(s3):
+    file, ended = paths.join(new_folder("s3"), ".lock"), threading.Event()
+    paths.write_bytes(file, lock._sign("a", 0))
+
+    def write() -> None:
+        for count in itertools.cycle(range(2)):
+            if ended.is_set():
+                return
+            paths.write_bytes(file, lock._sign("a", count))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        found = {lock._content(file) for _ in range(150)}
+    finally:
+        ended.set()
+        writer.join()
+    assert found == {lock._sign("a", 0), lock._sign("a", 1)}
 
 
 def test_a_dead_holder_is_followed_and_one_that_wakes_up_stops(monkeypatch, capsys):
