@@ -50,9 +50,8 @@ class PoolFile:
 def read_rules(text: str | bytes, where: str) -> PoolFile:
     """Read ``{name, version, rules: [{id, category, text, sign}]}`` and collect all that is wrong with it.
 
-    A rule's id has at most 64 of the characters a-z, 0-9, - and _; its text is one line of at most 200 printable
-    characters that begins with "The response" and speaks of no other response; its category is a short text; its
-    sign, where it has one, is 1 or -1. No two rules share an id or, but for capitals and spaces, a text.
+    What a rule has to be is in ``adaptrm.rules.rule``. No two rules share an id or, but for capitals and spaces, a
+    text.
 
     Raises:
         InputError: the text is not YAML of this form at all, so that there is nothing to go through.
