@@ -16,8 +16,8 @@ from adaptrm.hf.load import load_weights, open_folder
 from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.heads import at_leaves, label_logits
 from adaptrm.parallel import make_mesh, read_leaves
-from adaptrm.train.run import open_run
 from adaptrm.train.save import save_model
+from adaptrm.train.start import open_run
 
 # Texts of several lengths, scripts and turns; what is compared is arithmetic, not meaning.
 PROBES = (

@@ -23,8 +23,8 @@ from adaptrm.models import SequenceClassifier
 from adaptrm.models.heads import at_leaves, label_logits
 from adaptrm.parallel import local_mesh, read_leaves
 from adaptrm.prefix_tree import PrefixTree
-from adaptrm.train.run import open_run
 from adaptrm.train.save import save_model
+from adaptrm.train.start import open_run
 
 TREES_AT_ONCE = 256  # packed together; more would fill rows no better
 

@@ -157,7 +157,7 @@ def test_faults_of_ours_are_not_hidden(monkeypatch):
 
 
 def test_training_that_failed_is_exit_code_1_and_one_line(monkeypatch, capsys):
-    from adaptrm.train.loop import TrainingFailed
+    from adaptrm.train.reports import TrainingFailed
 
     def fails():
         raise TrainingFailed("step 3: not finite")

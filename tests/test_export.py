@@ -16,7 +16,8 @@ from adaptrm.errors import InputError
 from adaptrm.export import export_run, probe, verify
 from adaptrm.parallel import make_mesh
 from adaptrm.reward_model import RewardModel
-from adaptrm.train.run import open_run, train
+from adaptrm.train.run import train
+from adaptrm.train.start import open_run
 
 
 @pytest.fixture(scope="module")

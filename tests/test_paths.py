@@ -26,8 +26,8 @@ from adaptrm.hf.load import resolve_model
 from adaptrm.models import CausalLM
 from adaptrm.train.checkpoint import Checkpoints
 from adaptrm.train.metrics import MetricsLog
-from adaptrm.train.run import start_of
 from adaptrm.train.save import save_model
+from adaptrm.train.start import start_of
 from adaptrm.train.state import TrainState
 
 

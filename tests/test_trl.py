@@ -14,8 +14,8 @@ from adaptrm.data.chat_trees import pair_tree
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.data.preferences import load_pairs, pairs_of_row
 from adaptrm.parallel import make_mesh
-from adaptrm.train.run import start_of
 from adaptrm.train.save import save_model
+from adaptrm.train.start import start_of
 
 pytestmark = pytest.mark.slow
 

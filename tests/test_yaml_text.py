@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from adaptrm.errors import InputError
-from adaptrm.train.run import open_run
+from adaptrm.train.start import open_run
 from adaptrm.yaml_text import MAX_DEPTH, read_yaml
 
 

@@ -1,7 +1,6 @@
 """The training loop: batches in, metrics out one step late, checkpoints on the way."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -19,11 +18,8 @@ from adaptrm.parallel import sharding
 from adaptrm.progress import progress
 from adaptrm.train.checkpoint import Checkpoints
 from adaptrm.train.metrics import MetricsLog
+from adaptrm.train.reports import Reports
 from adaptrm.train.state import TrainState
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the last checkpoint is kept."""
 
 
 def device_batches(store: TreeStore, plan: Plan, mesh: Mesh, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
@@ -70,19 +66,13 @@ def run_steps(
         first = jax.process_index() == 0
         logged = MetricsLog(paths.join(out, "metrics.jsonl"), start) if first else nullcontext()
         with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps - start, first) as shown:
-            pending, clock = None, time.perf_counter()
+            reports = Reports(plan, options, log, shown, unit)
             feed = device_batches(store, plan, mesh, start, steps)
             for number in range(start + 1, steps + 1):
                 state, metrics = step_fn(state, next(feed))
-                # Reading step n while step n + 1 runs: the device never waits for the host.
-                if pending is not None:
-                    clock = _report(*pending, plan, options, log, shown, clock, unit)
-                pending = (number, metrics)
+                reports.add(number, metrics)
                 if number % options.checkpoint.every_steps == 0 or number == steps:
-                    clock = _report(*pending, plan, options, log, shown, clock, unit)
-                    pending = None
-                    if log is not None:  # before the checkpoint: what goes on from it has every line up to it
-                        log.flush()
+                    reports.flush()  # before the checkpoint: what goes on from it has every line up to it
                     checkpoints.save(number, state)
     return state
 
@@ -94,21 +84,3 @@ def _check_shared(out: str | os.PathLike, latest: int | None) -> None:
             multihost_utils.assert_equal(np.int32(-1 if latest is None else latest))
         except AssertionError:
             raise InputError(f"{out}: processes see other checkpoints here; the run folder must be shared") from None
-
-
-def _report(number, metrics, plan: Plan, options: TrainOptions, log, shown, clock: float, unit: str) -> float:
-    """Read a step's metrics (waits for it), write and show them; stop where they are not finite."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    now = time.perf_counter()
-    if not values.pop("finite"):
-        raise TrainingFailed(
-            f"step {number}: the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
-            f"{values['grad_norm']}); the last checkpoint is kept; lower optimizer.learning_rate, give another --out"
-        )
-    tokens, examples = plan.step_size(number - 1)
-    line = {"step": number, "epoch": (number - 1) // plan.steps_per_epoch, **values, unit: examples}
-    line |= {"tokens_per_second": tokens / (now - clock), f"{unit}_per_second": examples / (now - clock)}
-    if log is not None and number % options.log_every_steps == 0:
-        log.write(line)
-    shown.advance(1, f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.3f}")
-    return now
