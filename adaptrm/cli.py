@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from adaptrm import __version__
-from adaptrm.errors import InputError, printable
+from adaptrm.errors import RESTART, InputError, Stopped, printable
 
 app = typer.Typer(
     add_completion=False,
@@ -295,12 +295,18 @@ def version(
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2."""
+    """Entry point: bad input is one line and exit code 2; what was told to stop, one line and 75."""
     try:
         app()
     except InputError as wrong:
         print(f"adaptrm: {wrong}", file=sys.stderr)
         leave(2)
+    except Stopped as stopped:
+        print(f"adaptrm: {stopped}", file=sys.stderr)
+        import jax
+
+        jax.distributed.shutdown()  # all processes stop together: none may see another vanish
+        leave(RESTART)
     except Exception as failed:
         if type(failed).__name__ == "TrainingFailed":  # its module imports jax; its name does not
             print(f"adaptrm: {failed}", file=sys.stderr)

@@ -106,6 +106,7 @@ class TrainOptions:
     max_steps: PositiveInt | None = None
     seed: NonNegativeInt = 0
     log_every_steps: PositiveInt = 1
+    max_nonfinite_steps: NonNegativeInt = 0  # in all; such a step changes nothing, one more of them ends the run
 
 
 def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, Any] | None = None) -> TrainOptions:

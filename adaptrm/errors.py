@@ -1,5 +1,6 @@
-"""The one exception for input that a user can mend, and how a line about it is shown."""
+"""Exceptions that are one line and an exit code, and how such a line is shown."""
 
+RESTART = 75  # exit code: stopped early, and safe to start again (EX_TEMPFAIL of sysexits.h)
 LONGEST = 1000  # characters of a line; fields of the user's may be longer
 
 
@@ -17,3 +18,14 @@ class InputError(ValueError):
     def __init__(self, message: str):
         shown = printable(message)
         super().__init__(shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 300]} ... {shown[-290:]}")
+
+
+class Stopped(SystemExit):
+    """The work was told to stop before its end, and goes on when it is started again; the message is one line.
+
+    As KeyboardInterrupt it is no ``Exception``: what turns errors into lines about files lets it through.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.code = RESTART

@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line(made, tmp_path, kind):
             save_model(f"{folder}/export", params, tiny_config().to_hf(), chat, (None, None))
         message = rf"^{folder}/checkpoints: a checkpoint cannot be written: File too large; {where}$"
         with pytest.raises(InputError, match=message), Checkpoints(f"{folder}/checkpoints") as checkpoints:
-            checkpoints.save(1, TrainState(jnp.int32(1), params, (jnp.zeros(1),)))
+            checkpoints.save(1, TrainState(jnp.int32(1), params, (jnp.zeros(1),), jnp.int32(0)))
         if kind == "local":
             message = rf"^{folder}/metrics.jsonl: cannot be written: File too large"
             with pytest.raises(InputError, match=message), MetricsLog(f"{folder}/metrics.jsonl", 0) as log:

@@ -98,8 +98,10 @@ class Checkpoints:
         abstract = jax.tree.map(_shape_of, _plain(like))
         plain = self._load(abstract)
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), plain["optimizer"])
-        step = jax.device_put(np.int32(plain["position"]["step"]), like.step.sharding)
-        return TrainState(step, _fill(like.params, plain["params"]), opt_state)
+        step, skipped = (
+            jax.device_put(np.int32(plain["position"][name]), like.step.sharding) for name in ("step", "skipped")
+        )
+        return TrainState(step, _fill(like.params, plain["params"]), opt_state, skipped)
 
     def restore_params(self, like: nnx.State) -> nnx.State:
         """The parameters of the latest checkpoint alone; ``like`` holds shapes with shardings."""
@@ -118,7 +120,7 @@ def _plain(state: TrainState) -> dict:
     return {
         "params": _by_name(state.params),
         "optimizer": jax.tree.leaves(state.opt_state),
-        "position": {"step": int(state.step)},
+        "position": {"step": int(state.step), "skipped": int(state.skipped)},
     }
 
 

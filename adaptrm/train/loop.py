@@ -13,11 +13,12 @@ from adaptrm import paths
 from adaptrm.config import TrainOptions
 from adaptrm.data.pipeline import RowSource, TreeStore, batches
 from adaptrm.data.plan import Plan
-from adaptrm.errors import InputError
+from adaptrm.errors import InputError, Stopped
 from adaptrm.parallel import sharding
 from adaptrm.progress import progress
 from adaptrm.train.checkpoint import Checkpoints
 from adaptrm.train.metrics import MetricsLog
+from adaptrm.train.preemption import AGAIN, stops_after_a_step
 from adaptrm.train.reports import Reports
 from adaptrm.train.state import TrainState
 
@@ -56,24 +57,32 @@ def run_steps(
         unit: what an example is called in the metrics (pairs, replies).
 
     Raises:
-        TrainingFailed: a loss or gradient is not finite.
+        TrainingFailed: more losses or gradients than ``max_nonfinite_steps`` are not finite.
+        Stopped: this machine goes away; the step that ran has ended and is saved.
     """
-    with Checkpoints(paths.join(out, "checkpoints"), options.checkpoint.keep) as checkpoints:
-        _check_shared(out, checkpoints.latest_step)
-        if checkpoints.latest_step is not None:
-            state = checkpoints.restore(state)
-        start = int(state.step)
-        first = jax.process_index() == 0
-        logged = MetricsLog(paths.join(out, "metrics.jsonl"), start) if first else nullcontext()
-        with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps - start, first) as shown:
-            reports = Reports(plan, options, log, shown, unit)
-            feed = device_batches(store, plan, mesh, start, steps)
-            for number in range(start + 1, steps + 1):
-                state, metrics = step_fn(state, next(feed))
-                reports.add(number, metrics)
-                if number % options.checkpoint.every_steps == 0 or number == steps:
-                    reports.flush()  # before the checkpoint: what goes on from it has every line up to it
-                    checkpoints.save(number, state)
+    folder = paths.join(out, "checkpoints")
+    with stops_after_a_step() as noticed:
+        with Checkpoints(folder, options.checkpoint.keep) as checkpoints:
+            _check_shared(out, checkpoints.latest_step)
+            if checkpoints.latest_step is not None:
+                state = checkpoints.restore(state)
+            start, stopped = int(state.step), False
+            first = jax.process_index() == 0
+            logged = MetricsLog(paths.join(out, "metrics.jsonl"), start) if first else nullcontext()
+            with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps - start, first) as shown:
+                reports = Reports(plan, options, log, shown, unit)
+                feed = device_batches(store, plan, mesh, start, steps)
+                for number in range(start + 1, steps + 1):
+                    state, metrics = step_fn(state, next(feed))
+                    reports.add(number, metrics)
+                    stopped = noticed(number)
+                    if stopped or number % options.checkpoint.every_steps == 0 or number == steps:
+                        reports.flush()  # before the checkpoint: what goes on from it has every line up to it
+                        checkpoints.save(number, state)
+                    if stopped:
+                        break
+        if stopped:  # only now is the checkpoint whole
+            raise Stopped(f"stopped by SIGTERM after step {number} of {steps}, saved; {AGAIN}")
     return state
 
 

@@ -1,5 +1,6 @@
 """What each step has to say: read one step late, written to the metrics and shown."""
 
+import math
 import time
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 
 from adaptrm.config import TrainOptions
 from adaptrm.data.plan import Plan
+from adaptrm.progress import say
 from adaptrm.train.metrics import MetricsLog
 
 
@@ -32,7 +34,7 @@ class Reports:
         """The metrics of a step that has been dispatched; those of the step before are read.
 
         Raises:
-            TrainingFailed: the loss or gradient of that step is not finite.
+            TrainingFailed: so many steps were not finite that the run ends.
         """
         self._read()
         self._pending = (number, metrics)
@@ -51,15 +53,27 @@ class Reports:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for the step
         now = time.perf_counter()
         if not values.pop("finite"):
-            raise TrainingFailed(
-                f"step {number}: the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
-                f"{values['grad_norm']}); the last checkpoint is kept; lower optimizer.learning_rate, give another "
-                "--out"
-            )
+            self._skipped(number, values)
         tokens, examples = self._plan.step_size(number - 1)
-        line = {"step": number, "epoch": (number - 1) // self._plan.steps_per_epoch, **values, self._unit: examples}
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # as JSON has it
+        line = {"step": number, "epoch": (number - 1) // self._plan.steps_per_epoch, **numbers, self._unit: examples}
         seconds, self._clock = now - self._clock, now
         line |= {"tokens_per_second": tokens / seconds, f"{self._unit}_per_second": examples / seconds}
         if self._log is not None and number % self._options.log_every_steps == 0:
             self._log.write(line)
         self._shown.advance(1, f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.3f}")
+
+    def _skipped(self, number: int, values: dict[str, float]) -> None:
+        """A step that was not finite and changed nothing: said, or one too many."""
+        what = (
+            f"step {number}: the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
+            f"{values['grad_norm']})"
+        )
+        count, most = int(values["skipped"]), self._options.max_nonfinite_steps
+        if count > most:
+            so_far = f", {count} such steps so far, max_nonfinite_steps is {most}" if most else ""
+            raise TrainingFailed(
+                f"{what}{so_far}; the last checkpoint is kept; lower optimizer.learning_rate, give another --out"
+            )
+        if self._log is not None:
+            say(f"{what}; skipped, the {count}. of at most {most}")

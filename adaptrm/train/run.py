@@ -20,6 +20,7 @@ from adaptrm.rules import RulePool
 from adaptrm.train.examples import judge_examples, reward_examples
 from adaptrm.train.loop import run_steps
 from adaptrm.train.optimizer import make_optimizer
+from adaptrm.train.preemption import stops_at_once
 from adaptrm.train.save import save_model
 from adaptrm.train.start import read_run, start_of
 from adaptrm.train.state import init_state
@@ -29,7 +30,7 @@ from adaptrm.yaml_text import read_yaml
 EXAMPLES = "examples.sha256"
 UNITS = {"judge": "replies", "reward": "pairs"}
 # Options that a run may change when it goes on: they do not touch what is computed.
-FREE = ("mesh", "checkpoint", "log_every_steps")
+FREE = ("mesh", "checkpoint", "log_every_steps", "max_nonfinite_steps")
 
 
 def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str, Any]:
@@ -45,13 +46,14 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
 
     Raises:
         InputError: options, data or the folder cannot be used.
-        TrainingFailed: a loss or gradient is not finite.
+        TrainingFailed: more losses or gradients than ``max_nonfinite_steps`` are not finite.
+        Stopped: this machine goes away; started again the run goes on.
     """
     first = jax.process_index() == 0
     if jax.process_count() > 1 and not paths.is_local(out):
         raise InputError(f"{out}: several processes write one run together; give a folder that all of them share")
     options = _from_anywhere(options)
-    with hold(out) if first else nullcontext():
+    with stops_at_once(), hold(out) if first else nullcontext():
         if first:
             _check_claim(out, kind, options)
         mesh = _mesh(options)

@@ -14,11 +14,12 @@ from adaptrm.parallel import sharding
 
 
 class TrainState(NamedTuple):
-    """A pytree; ``step`` is also the data position."""
+    """A pytree; ``step`` is also the data position, ``skipped`` counts the steps up to it that were not finite."""
 
     step: jax.Array
     params: Any
     opt_state: Any
+    skipped: jax.Array
 
 
 def param_shardings(definition: nnx.GraphDef, abstract: nnx.State, mesh: Mesh) -> nnx.State:
@@ -48,5 +49,5 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh:
         optimizer, lambda _, s: s, abstract, placed, transform_non_params=lambda _: replicated
     )
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=replicated)()
-    return TrainState(step, params, opt_state)
+    step, skipped = jax.jit(lambda: (jnp.zeros((), jnp.int32),) * 2, out_shardings=replicated)()
+    return TrainState(step, params, opt_state, skipped)

@@ -45,7 +45,7 @@ def make_step(
 
     Returns:
         ``step(state, batch) -> (state, metrics)``; the state is donated. A step whose loss or gradient is not finite
-        leaves parameters and optimizer as they are and says so in ``metrics["finite"]``.
+        leaves parameters and optimizer as they are, counts in ``skipped`` and says so in ``metrics["finite"]``.
     """
     optimizer = make_optimizer(optimizer_options, steps)
     schedule = learning_rate(optimizer_options, steps)
@@ -62,7 +62,9 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-        metrics |= {"learning_rate": schedule(state.step), "grad_norm": norm, "finite": finite}
-        return TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state)), metrics
+        params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
+        skipped = state.skipped + ~finite
+        metrics |= {"learning_rate": schedule(state.step), "grad_norm": norm, "finite": finite, "skipped": skipped}
+        return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
     return jax.jit(step, donate_argnums=0)
