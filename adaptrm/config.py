@@ -82,7 +82,7 @@ class OptimizerOptions:
 class MeshOptions:
     """Sizes of the mesh axes; -1 takes the devices that the others leave."""
 
-    data: int = 1
+    data: int | None = None  # one per slice: parameters are spread within a slice, copied across slices
     fsdp: int = -1
     tensor: int = 1
 

@@ -1,6 +1,8 @@
 """Placement on the mesh, and numbers that do not depend on it."""
 
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,12 @@ from numerics import assert_equal_to
 from tiny import random_state, tiny_config
 from trees import deep, fan, pack
 
-from adaptrm.hf.load import logical_axes
-from adaptrm.models import CausalLM
+from adaptrm.hf.load import abstract_model, logical_axes
+from adaptrm.models import CausalLM, ModelConfig, RopeScaling, SequenceClassifier
 from adaptrm.models.heads import at_leaves
 from adaptrm.parallel import constrain, make_mesh, partition_spec, sharding
 from adaptrm.parallel.mesh import AXES
+from adaptrm.train.state import param_shardings
 
 
 def abstract(data: int, fsdp: int, tensor: int) -> AbstractMesh:
@@ -60,6 +63,104 @@ def test_mesh_sizes():
         make_mesh(3, -1, 2)
     with pytest.raises(ValueError, match="at most one axis may be -1"):
         make_mesh(-1, -1)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a mesh looks at of a device."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+
+
+def chips(slices: int, platform: str = "tpu") -> list[Chip]:
+    """Slices of 2 x 2 x 2 chips, told in an order that mixes them."""
+    places = list(np.ndindex(2, 2, 2))
+    return [Chip(8 * s + i, s, place, platform) for i, place in enumerate(places) for s in range(slices)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, (2, 8, 1)),
+        ({"tensor": 2}, (2, 4, 2)),
+        ({"tensor": 4}, (2, 2, 4)),
+        ({"data": 4}, (4, 4, 1)),
+        ({"data": -1, "fsdp": 1, "tensor": 2}, (8, 1, 2)),
+    ],
+)
+def test_only_data_crosses_slices(sizes, expected):
+    devices = chips(2)
+    mesh = make_mesh(**sizes, devices=devices)
+    assert mesh.devices.shape == expected
+    assert set(mesh.devices.flat) == set(devices)
+    for i, copy in enumerate(mesh.devices):
+        assert {chip.slice_index for chip in copy.flat} == {i * 2 // expected[0]}
+    assert make_mesh(devices=chips(1)).devices.shape == (1, 8, 1)
+
+
+def test_an_axis_other_than_data_that_would_cross_slices_is_an_error():
+    with pytest.raises(
+        ValueError, match="data=1 x fsdp=16 x tensor=1: data must be a multiple of the 2 slices, or nul"
+    ):
+        make_mesh(1, devices=chips(2))
+    with pytest.raises(ValueError, match="multiple of the 3 slices"):
+        make_mesh(2, devices=chips(3))
+
+
+def test_gpu_nodes_are_no_slices():
+    """jax numbers the nodes of GPUs as slices; parameters may be spread over nodes."""
+    devices = chips(2, "gpu")
+    mesh = make_mesh(devices=devices)
+    assert mesh.devices.shape == (1, 16, 1) and list(mesh.devices.flat) == devices
+
+
+def test_a_parameter_without_logical_axes_is_an_error():
+    definition, state = abstract_model(CausalLM, tiny_config())
+    model = nnx.merge(definition, state)
+    model.extra = nnx.Param(jax.ShapeDtypeStruct((8, 8), jnp.float32))
+    with pytest.raises(ValueError, match=r"parameters without logical axes: .*extra"):
+        logical_axes(*nnx.split(model))
+
+
+LLAMA31_8B = ModelConfig(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+)
+
+
+def test_the_shardings_of_llama31_8b_are_those_written_down(tmp_path):
+    """A change of the table shows as a change of tests/llama31_8b_shardings.txt, for review."""
+    lines = ["# Llama-3.1-8B: shape, logical axes, and the mesh axes that split each dimension (- where none does)"]
+    # As it is, and with the pad token of a reward model: no tensor axis divides that vocabulary.
+    for model_type, vocab in ((CausalLM, 128256), (SequenceClassifier, 128257)):
+        definition, state = abstract_model(model_type, replace(LLAMA31_8B, vocab_size=vocab))
+        axes = logical_axes(definition, state)
+        shapes = {path: param.shape for path, param in nnx.to_flat_state(state)}
+        for shape in ((1, 8, 1), (1, 4, 2), (2, 8, 2), (1, 1, 16)):
+            mesh = abstract(*shape)
+            named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+            lines.append(f"\n{model_type.__name__} on {named}")
+            for path, place in nnx.to_flat_state(param_shardings(definition, state, mesh)):
+                split = " ".join("-" if entry is None else str(entry) for entry in place.get_value().spec)
+                sizes = " ".join(map(str, shapes[path]))
+                lines.append(f"{'.'.join(map(str, path))} [{sizes}] {' '.join(axes[path])}: {split}")
+    written, found = Path(__file__).with_name("llama31_8b_shardings.txt"), tmp_path / "llama31_8b_shardings.txt"
+    found.write_text("\n".join(lines) + "\n")
+    assert found.read_text() == written.read_text(), f"if this change is meant, copy {found} there"
 
 
 def test_constrain_needs_a_mesh_to_act():
