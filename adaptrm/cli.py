@@ -250,6 +250,10 @@ def dotted(args: list[str]) -> dict[str, str]:
 
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print a result: JSON for machines, a table for people."""
+    from adaptrm.progress import is_silent
+
+    if is_silent():
+        return
     picture = result.pop("table", None)
     if as_json:
         print(json.dumps(result))
@@ -311,7 +315,7 @@ def main() -> None:
         if type(failed).__name__ == "TrainingFailed":  # its module imports jax; its name does not
             print(f"adaptrm: {failed}", file=sys.stderr)
             leave(1)
-        if not os.environ.get("JAX_NUM_PROCESSES"):
+        if "jax" not in sys.modules or not sys.modules["jax"].distributed.is_initialized():
             raise
         traceback.print_exc()
         leave(1)

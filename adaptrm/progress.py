@@ -8,6 +8,17 @@ from contextlib import contextmanager
 from adaptrm.errors import printable
 
 SECONDS_BETWEEN_LINES = 15.0
+_silent = False
+
+
+def silence() -> None:
+    """From now on this process says nothing: others do the same work, and the first of them says it."""
+    global _silent
+    _silent = True
+
+
+def is_silent() -> bool:
+    return _silent
 
 
 class Progress:
@@ -39,7 +50,7 @@ class Progress:
 @contextmanager
 def progress(what: str, unit: str, total: int, shown: bool = True) -> Iterator[Progress]:
     """Show progress while the block runs."""
-    if not shown:
+    if not shown or _silent:
         yield Progress(what, unit, total, shown=False)
         return
     if not sys.stderr.isatty():
@@ -57,4 +68,5 @@ def progress(what: str, unit: str, total: int, shown: bool = True) -> Iterator[P
 
 def say(text: str) -> None:
     """One line about what is going on, on stderr."""
-    print(printable(text), file=sys.stderr, flush=True)
+    if not _silent:
+        print(printable(text), file=sys.stderr, flush=True)
