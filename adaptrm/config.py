@@ -65,6 +65,17 @@ class DataOptions:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LossOptions:
+    """What a reward model learns from pairs, or from sets of responses (best-of-n) where the kind is another."""
+
+    kind: Literal["bradley-terry", "plackett-luce", "all-pairs"] = "bradley-terry"
+    soft_labels: bool = False  # the label's probability, not only its choice
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    margin: bool = False  # by how much the chosen response should win: the column of that name
+    center_rewards: NotNegative = 0.0  # times (r_A + r_B)^2
+
+
+@dataclass(frozen=True, config=STRICT)
 class OptimizerOptions:
     """AdamW, its schedule and clipping."""
 
@@ -99,6 +110,7 @@ class TrainOptions:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -11,7 +11,7 @@ from refusals import refused
 from adaptrm.config import TEXTS, VERBS, TrainOptions, config_folder, load_options, parse_options, to_yaml
 
 # How many options a user can set. A new one is a decision: first think whether the code can know the answer.
-OPTION_COUNT = 39
+OPTION_COUNT = 44
 SHIPPED = sorted(config_folder().glob("*.yaml"))
 
 
@@ -78,12 +78,15 @@ def test_every_text_option_is_kept_from_yaml():
         ("reward: {optimiser: {}}", "reward.optimiser: unknown key; did you mean 'optimizer'?"),
         ("reward: {max_step: 5}", "reward.max_step: unknown key; did you mean 'max_steps'?"),
         ("reward: {model: {scratch: {tokenizer: a, heads: 2}}}", "reward.model.scratch.heads: unknown key;"),
-        ("reward: {zzzz: 1}", "reward.zzzz: unknown key; known: model, data, optimizer"),
+        ("reward: {zzzz: 1}", "reward.zzzz: unknown key; known: model, data, loss"),
         ("rewrad: {}", "unknown section 'rewrad'; known: judge, reward"),
         ("judge: {}", "has no section 'reward'; it has judge"),
         ("reward: {seed: many}", "reward.seed: Input should be a valid integer"),
         ("reward: {seed: 1.5}", "reward.seed: Input should be a valid integer"),
         ("reward: {optimizer: {learning_rate: -1}}", "learning_rate: Input should be greater than or equal to 0"),
+        ("reward: {loss: {label_smoothing: 0.5}}", "reward.loss.label_smoothing: Input should be less than 0.5"),
+        ("reward: {loss: {kind: listwise}}", "reward.loss.kind: Input should be 'bradley-terry', 'plackett-luce'"),
+        ("reward: {loss: {center_rewards: -1}}", "center_rewards: Input should be greater than or equal to 0"),
         ("reward: {optimizer: {b1: 7}}", "reward.optimizer.b1: Input should be less than 1"),
         ("reward: {optimizer: {clip_norm: 0}}", "reward.optimizer.clip_norm: Input should be greater than 0"),
         ("reward: {data: {row_length: 9999999999}}", "row_length: Input should be less than or equal to 1048576"),

@@ -188,9 +188,9 @@ def test_taught_by_either_order_the_judge_is_asked_what_people_judged(prompt, tm
     store, _ = judge_examples(DataOptions(labels=str(tmp_path / "labels.jsonl")), prompt)
     asked = {}
     for i in range(len(store)):
-        tree, targets, weights = store[i]
-        assert (weights == 1).all()
-        asked |= {tuple(tree.sequence(leaf).tolist()): target for leaf, target in enumerate(targets)}
+        tree, at_leaves = store[i]
+        assert (at_leaves["weights"] == 1).all()
+        asked |= {tuple(tree.sequence(leaf).tolist()): target for leaf, target in enumerate(at_leaves["targets"])}
     whole = wholes(prompt, pair.prompt, (pair.response_a,), (0, 3, 4))
     answers = (YES, NO, NEITHER)
     assert asked == {tuple(ids): answer for ids, answer in zip(whole.values(), answers, strict=True)}

@@ -210,15 +210,16 @@ LABEL = {"id": "x", "prompt": "?", "chosen": "good", "rejected": "bad"}
 
 def test_label_index_joins_by_id(tmp_path):
     said = [{"role": "assistant", "content": "yes"}]
-    rows = [LABEL, LABEL | {"id": "y", "chosen": said}, LABEL | {"id": "z"}]
+    soft = {"probability": 0.75, "margin": 2}
+    rows = [LABEL, LABEL | {"id": "y", "chosen": said, **soft}, LABEL | {"id": "z", "margin": "none"}]
     index = LabelIndex(write_lines(tmp_path / "labels.jsonl", rows))
     assert index.unused == 3
-    assert index.sign(pair("x", "good", "bad")) == 1
-    assert index.sign(pair("y", "no", "yes")) == -1
-    assert index.sign(pair("w", "good", "bad")) == 0
+    assert index.preference(pair("x", "good", "bad")) == (1, 1.0, None)
+    assert index.preference(pair("y", "no", "yes")) == (-1, 0.75, 2.0)
+    assert index.preference(pair("w", "good", "bad")).sign == 0
     assert index.unused == 1
-    assert "the chosen response of 'z' is neither response" in refused(index.sign, pair("z", "other", "bad"))
-    assert index.sign(pair("x", "bad", "good")) == -1
+    assert "the chosen response of 'z' is neither response" in refused(index.preference, pair("z", "other", "bad"))
+    assert index.preference(pair("x", "bad", "good")).sign == -1
 
 
 def test_a_label_index_of_repeated_ids_is_an_error(tmp_path):

@@ -128,7 +128,7 @@ WEIGHTS = [np.full(len(tree.leaves), 1 / (1 + i), np.float32) for i, tree in enu
 def store() -> TreeStore:
     made = TreeStore()
     for tree, targets, weights in zip(TREES, TARGETS, WEIGHTS, strict=True):
-        made.append(tree, targets.tolist(), weights.tolist())
+        made.append(tree, targets.tolist(), weights.tolist(), margin=float(weights[0]) + 1)
     return made.freeze()
 
 
@@ -150,12 +150,13 @@ def test_the_store_gives_back_what_was_put_in(store):
     assert store.lengths.tolist() == [len(tree) for tree in TREES]
     assert store.leaves.tolist() == [len(tree.leaves) for tree in TREES]
     for index in (4, 0, len(TREES) - 1, *range(len(TREES))):
-        tree, targets, weights = store[index]
+        tree, at_leaves = store[index]
         for name in ("tokens", "positions", "subtree_end", "leaves"):
             np.testing.assert_array_equal(getattr(tree, name), getattr(TREES[index], name), err_msg=name)
-        np.testing.assert_array_equal(targets, TARGETS[index])
-        np.testing.assert_array_equal(weights, WEIGHTS[index])
-        assert targets.dtype == weights.dtype == np.float32
+        np.testing.assert_array_equal(at_leaves["targets"], TARGETS[index])
+        np.testing.assert_array_equal(at_leaves["weights"], WEIGHTS[index])
+        np.testing.assert_array_equal(at_leaves["margins"], WEIGHTS[index] + 1)
+        assert all(values.dtype == np.float32 for values in at_leaves.values())
 
 
 def test_an_empty_store_is_empty():
@@ -171,7 +172,7 @@ def test_rows_hold_the_trees_of_the_plan_and_nothing_else(store, plan):
         row, members = source[index], plan.row(*divmod(index, plan.rows_per_step)).tolist()
         empty += not members
         start = leaf = 0
-        for i in members:
+        for number, i in enumerate(members):
             tree, count = TREES[i], len(TREES[i].leaves)
             span, own = slice(start, start + len(tree)), slice(leaf, leaf + count)
             np.testing.assert_array_equal(row["tokens"][span], tree.tokens)
@@ -180,10 +181,11 @@ def test_rows_hold_the_trees_of_the_plan_and_nothing_else(store, plan):
             np.testing.assert_array_equal(row["leaves"][own], tree.leaves + start)
             np.testing.assert_array_equal(row["targets"][own], TARGETS[i])
             np.testing.assert_array_equal(row["weights"][own], WEIGHTS[i])
+            assert (row["groups"][own] == number).all()
             start, leaf = span.stop, own.stop
         assert row["tokens"].shape == (ROW,) and row["leaves"].shape == (plan.max_leaves,)
         np.testing.assert_array_equal(row["subtree_end"][start:], np.arange(start, ROW) + 1)
-        assert not row["weights"][leaf:].any()
+        assert not row["weights"][leaf:].any() and (row["groups"][leaf:] == -1).all()
         assert not row["leaves"][leaf:].any()
     if plan.options.examples_per_step is not None:
         assert empty, "no step was short of rows: the test shows nothing"

@@ -12,7 +12,7 @@ import refusals
 from commands import in_process, pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
-from adaptrm.config import DataOptions
+from adaptrm.config import DataOptions, LossOptions
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.labels import read_labels
 from adaptrm.data.preferences import load_pairs, read_pairs
@@ -318,15 +318,15 @@ def test_training_skips_and_truncates(folder, capsys):
     chat = ChatTokenizer.from_folder(folder / "lm")
     data = {"pairs": str(folder / "pairs.jsonl"), "labels": "human", "row_length": 300}
     for overlong, count in (("drop", 3), ("truncate", 4)):
-        store, left = reward_examples(DataOptions(**data, on_bad_row="skip", overlong=overlong), chat, 0)
+        store, left = reward_examples(DataOptions(**data, on_bad_row="skip", overlong=overlong), chat, 0, LossOptions())
         done = {"drop": "dropped", "truncate": "truncated"}
         assert len(store) == count and left == {"skipped_rows": 3, "dropped": 0, "truncated": 0} | {done[overlong]: 1}
         assert f"{done[overlong]} 1 of 4 examples: longer than a row of 300 tokens" in capsys.readouterr().err
         assert max(store.lengths) <= 300
     with pytest.raises(InputError, match=r"'p4' has \d+ tokens, a row 300; .* or set data.overlong: drop or truncate"):
-        reward_examples(DataOptions(**data, on_bad_row="skip"), chat, 0)
+        reward_examples(DataOptions(**data, on_bad_row="skip"), chat, 0, LossOptions())
     with pytest.raises(InputError, match="line 2: response_b is empty"):
-        reward_examples(DataOptions(**data), chat, 0)
+        reward_examples(DataOptions(**data), chat, 0, LossOptions())
 
 
 def test_training_a_judge_skips_and_truncates(folder, tmp_path):

@@ -12,7 +12,7 @@ from commands import adaptrm, kill_when, losses, pair_rows, write_rows
 from flax import nnx
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
-from adaptrm.config import parse_options
+from adaptrm.config import LossOptions, parse_options
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
@@ -120,7 +120,7 @@ def test_every_mesh_equals_one_device(folder, tmp_path):
     tiny_causal_lm(tmp_path / "lm", hidden_size=36, num_attention_heads=9, num_key_value_heads=3)
     data = options(folder).data
     chat = ChatTokenizer.from_folder(tmp_path / "lm")
-    store, _ = reward_examples(data, chat, 0)
+    store, _ = reward_examples(data, chat, 0, LossOptions())
     plan = Plan(store.lengths, store.leaves, PlanOptions(ROW, 8), 1)
 
     def step(mesh):
@@ -128,7 +128,7 @@ def test_every_mesh_equals_one_device(folder, tmp_path):
         definition, params, _ = load_weights(source, SequenceClassifier, mesh, dtype="float32", new_head_seed=0)
 
         def loss(params, batch):
-            sums = loss_sums("reward", definition, params, batch, None, "float32", "layer")
+            sums = loss_sums("reward", definition, params, batch, None, "float32", "layer", LossOptions())
             return sums["loss"] / sums["weight"]
 
         with jax.set_mesh(mesh):

@@ -2,14 +2,15 @@
 
 import json
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from adaptrm import paths
-from adaptrm.data.preferences import Pair, check_prompt, check_reply, check_response, hash_id
+from adaptrm.data.preferences import Pair, check_prompt, check_reply, check_response, hash_id, margin_of
 from adaptrm.data.rows import BadRows, Row, read_rows
 from adaptrm.errors import InputError
 
@@ -22,6 +23,7 @@ class Label:
         rules: ids of the rules that decided.
         rule_margin: sum of the selected score differences, chosen minus rejected.
         probability: that chosen is the better one, at least .5.
+        margin: by how much chosen should win in the loss, where the file says so.
     """
 
     id: str
@@ -31,6 +33,7 @@ class Label:
     rules: tuple[str, ...]
     rule_margin: float
     probability: float
+    margin: float | None = None
 
     def to_row(self) -> dict[str, Any]:
         """TRL's conversational form."""
@@ -101,39 +104,51 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
         rules, margin = row.get("rules") or [], row.get("rule_margin") or 0
         if not isinstance(rules, list) or not isinstance(margin, int | float) or not abs(margin) < 1e9:
             raise InputError(f"{at}: rules must be a list of ids, rule_margin a number below 1e9")
-        rules = tuple(map(str, rules))
-        yield Label(str(row["id"]), check_prompt(row["prompt"], at), *sides, rules, float(margin), float(probability))
+        prompt, rules = check_prompt(row["prompt"], at), tuple(map(str, rules))
+        yield Label(str(row["id"]), prompt, *sides, rules, float(margin), float(probability), margin_of(row))
+
+
+class Preference(NamedTuple):
+    """What is said of a pair.
+
+    Attributes:
+        sign: +1 where response A is chosen, -1 where B is, 0 where nothing says which.
+        probability: that the chosen one is the better one.
+        margin: by how much it should win; None where nothing says so.
+    """
+
+    sign: int
+    probability: float = 1.0
+    margin: float | None = None
 
 
 class LabelIndex:
-    """Labels joined to pairs by id; once read, 17 bytes a label in memory.
-
-    For each pair a sign, +1 where response A is chosen, -1 where B is, 0 where there is no label.
-    """
+    """Labels joined to pairs by id; once read, 25 bytes a label in memory."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = str(path)
-        keys, texts = [], []
+        keys, texts, said = array("Q"), array("Q"), array("f")
         for label in read_labels(path):
             keys.append(hash_id(label.id))
             texts.append(hash_id(label.chosen))
+            said.extend((label.probability, np.nan if label.margin is None else label.margin))
         order = np.argsort(np.asarray(keys, np.uint64), kind="stable")
         self._keys, self._chosen = np.asarray(keys, np.uint64)[order], np.asarray(texts, np.uint64)[order]
+        self._said = np.asarray(said, np.float32).reshape(-1, 2)[order]
         self._used = np.zeros(len(keys), bool)
 
-    def sign(self, pair: Pair) -> int:
+    def preference(self, pair: Pair) -> Preference:
         at = int(np.searchsorted(self._keys, np.uint64(hash_id(pair.id))))
         if at == len(self._keys) or int(self._keys[at]) != hash_id(pair.id):
-            return 0
+            return Preference(0)
         self._used[at] = True
-        chosen = int(self._chosen[at])
-        if chosen == hash_id(pair.response_a):
-            return 1
-        if chosen == hash_id(pair.response_b):
-            return -1
-        raise InputError(
-            f"{self.path}: the chosen response of {pair.id!r} is neither response of the pair; label again"
-        )
+        sides = [hash_id(pair.response_a), hash_id(pair.response_b)]
+        if (chosen := int(self._chosen[at])) not in sides:
+            raise InputError(
+                f"{self.path}: the chosen response of {pair.id!r} is neither response of the pair; label again"
+            )
+        probability, margin = self._said[at].tolist()
+        return Preference(1 if chosen == sides[0] else -1, probability, None if np.isnan(margin) else margin)
 
     @property
     def unused(self) -> int:

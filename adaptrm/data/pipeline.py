@@ -11,10 +11,11 @@ from adaptrm.data.plan import Plan
 from adaptrm.prefix_tree import PrefixTree, pack_rows
 
 Row = Mapping[str, np.ndarray]
+LEAF_VALUES = ("targets", "weights", "margins")
 
 
 class TreeStore:
-    """Trees with a target and a weight a leaf, in a temporary file; once frozen, 16 bytes an example stay in memory."""
+    """Trees and the values at their leaves, in a temporary file; once frozen, 16 bytes an example stay in memory."""
 
     def __init__(self):
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the store
@@ -35,10 +36,14 @@ class TreeStore:
     def _told(self):
         return paths.told(tempfile.gettempdir(), "cannot hold the examples", "free space, or set TMPDIR")
 
-    def append(self, tree: PrefixTree, targets: Sequence[float], weights: Sequence[float]) -> None:
+    def append(
+        self, tree: PrefixTree, targets: Sequence[float], weights: float | Sequence[float], margin: float = 0.0
+    ) -> None:
+        """Put a tree at the end; one weight or margin is that of all its leaves."""
         parts = (tree.tokens, tree.positions, tree.subtree_end, tree.leaves)
-        floats = [np.asarray(x, np.float32).view(np.int32) for x in (targets, weights)]
-        record = np.concatenate([*parts, *floats])
+        floats = np.empty((3, len(tree.leaves)), np.float32)
+        floats[0], floats[1], floats[2] = targets, weights, margin
+        record = np.concatenate([*parts, floats.view(np.int32).ravel()])
         with self._told():
             self._file.write(record.tobytes())
         self._digest.update(record.tobytes())
@@ -55,11 +60,12 @@ class TreeStore:
         self.lengths, self.leaves = np.asarray(self.lengths, np.int32), np.asarray(self.leaves, np.int32)
         return self
 
-    def __getitem__(self, index: int) -> tuple[PrefixTree, np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[PrefixTree, dict[str, np.ndarray]]:
+        """A tree and what it has at its leaves, by the names in ``LEAF_VALUES``."""
         words = np.asarray(self._words[self._offsets[index] : self._offsets[index + 1]])
         size, leaves = int(self.lengths[index]), int(self.leaves[index])
-        arrays = np.split(words, [size, 2 * size, 3 * size, 3 * size + leaves, 3 * size + 2 * leaves])
-        return PrefixTree(*arrays[:4]), arrays[4].view(np.float32), arrays[5].view(np.float32)
+        *tree, floats = np.split(words, [size, 2 * size, 3 * size, 3 * size + leaves])
+        return PrefixTree(*tree), dict(zip(LEAF_VALUES, floats.view(np.float32).reshape(3, -1), strict=True))
 
 
 class RowSource:
@@ -83,12 +89,13 @@ class RowSource:
     def _row(self, members: Sequence[int]) -> Row:
         options, room = self._plan.options, self._plan.max_leaves
         examples = [self._store[index] for index in members]
-        trees = [tree for tree, _, _ in examples]
+        trees = [tree for tree, _ in examples]
         packed = pack_rows(trees, [range(len(trees))], options.row_length, room)
         row = {name: getattr(packed, name)[0] for name in ("tokens", "positions", "subtree_end", "leaves")}
-        for name, column in (("targets", 1), ("weights", 2)):
+        row["groups"] = packed.owner[0, :, 0]  # which example of the row a leaf is of
+        for name in LEAF_VALUES:
             row[name] = np.zeros(room, np.float32)
-            values = np.concatenate([example[column] for example in examples]) if examples else ()
+            values = np.concatenate([at_leaves[name] for _, at_leaves in examples]) if examples else ()
             row[name][: len(values)] = values
         return row
 

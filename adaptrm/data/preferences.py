@@ -22,6 +22,7 @@ class Pair:
         prompt: messages ``{"role", "content"}``, the last one of the user.
         preferred: the response that people preferred, where they were asked.
         subset: a name to report results by.
+        margin: by how much the preferred response is better, where the row says so.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Pair:
     response_b: str
     preferred: Preferred = None
     subset: str | None = None
+    margin: float | None = None
 
     def conversation(self, side: Literal["a", "b"]) -> list[dict[str, str]]:
         """The prompt continued by one of the responses."""
@@ -102,7 +104,14 @@ def pairs_of_row(row: Row, where: str) -> Iterator[Pair]:
     subset = row.get("subset")
     subset = None if subset is None else _whole(str(subset), "subset", where)
     for suffix, prompt, a, b, preferred in FORMS[form](row, where):
-        yield Pair(row_id + suffix, prompt, a, b, preferred, subset)
+        yield Pair(row_id + suffix, prompt, a, b, preferred, subset, margin_of(row))
+
+
+def margin_of(row: Row) -> float | None:
+    """The column ``margin`` where it is a number: data sets have texts under this name too."""
+    margin = row.get("margin")
+    is_number = isinstance(margin, int | float) and not isinstance(margin, bool) and abs(margin) < 1e9
+    return float(margin) if is_number else None
 
 
 def form_of(row: Row, where: str) -> str:

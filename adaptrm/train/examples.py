@@ -1,11 +1,12 @@
 """Training examples: pairs with labels for the reward model, replies with rule labels for the judge."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from adaptrm.config import DataOptions
+from adaptrm.config import DataOptions, LossOptions
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import pair_tree
-from adaptrm.data.labels import LabelIndex, read_labels, read_rule_labels
+from adaptrm.data.labels import LabelIndex, Preference, read_labels, read_rule_labels
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.data.rows import BadRows
@@ -18,8 +19,8 @@ from adaptrm.progress import say
 YES, NO, NEITHER = 0, 1, 2
 
 
-def signed_pairs(options: DataOptions, bad: BadRows) -> Iterator[tuple[Pair, int]]:
-    """Pairs with +1 where response A is chosen, -1 where B is, 0 where nothing says which.
+def preferred_pairs(options: DataOptions, bad: BadRows) -> Iterator[tuple[Pair, Preference]]:
+    """Pairs with what the labels say of them.
 
     ``pairs`` with ``labels`` keeps the pairs' own order of responses, whatever the labels say; so runs with other
     labels share trees and plan.
@@ -30,35 +31,65 @@ def signed_pairs(options: DataOptions, bad: BadRows) -> Iterator[tuple[Pair, int
         if options.pairs is None:
             raise InputError("data.pairs is missing: labels 'human' are the preferences in it")
         for pair in read_pairs(options.pairs, bad):
-            yield pair, {"a": 1, "b": -1, None: 0}[pair.preferred]
+            yield pair, Preference({"a": 1, "b": -1, None: 0}[pair.preferred], margin=pair.margin)
     elif options.pairs is None:
         for label in read_labels(options.labels):
-            yield Pair(label.id, label.prompt, label.chosen, label.rejected, "a"), 1
+            said = Preference(1, label.probability, label.margin)
+            yield Pair(label.id, label.prompt, label.chosen, label.rejected, "a"), said
     else:
         index = LabelIndex(options.labels)
         for pair in read_pairs(options.pairs, bad):
-            yield pair, index.sign(pair)
+            yield pair, index.preference(pair)
         if index.unused:
             raise InputError(f"{options.labels}: {index.unused} labels have no pair in {options.pairs}; label again")
 
 
-# A pair, the tree that it makes, and a target and a weight for each of the tree's leaves.
-Example = tuple[Pair, Callable[[Pair], PrefixTree], list[float], list[float]]
+@dataclass(frozen=True)
+class Example:
+    """A pair, the tree that it makes, and what the tree has at its leaves.
+
+    Attributes:
+        targets: one a leaf.
+        weight, margin: of all leaves; without weight nothing is learnt from it.
+    """
+
+    pair: Pair
+    tree: Callable[[Pair], PrefixTree]
+    targets: list[float]
+    weight: float = 1.0
+    margin: float = 0.0
 
 
-def reward_examples(options: DataOptions, chat: ChatTokenizer, pad_id: int | None) -> tuple[TreeStore, dict[str, int]]:
-    """A tree a pair; sign and weight at both of its leaves.
+def reward_examples(
+    options: DataOptions, chat: ChatTokenizer, pad_id: int | None, loss: LossOptions
+) -> tuple[TreeStore, dict[str, int]]:
+    """A tree a pair; at each leaf the probability that it is the better one.
 
     Returns:
         The trees, and how many rows were skipped, how many examples dropped or truncated.
     """
+    if loss.soft_labels and options.labels == "human":
+        raise InputError("loss.soft_labels needs the probabilities of a label file (data.labels); people gave none")
     bad = BadRows(options.on_bad_row)
 
     def tree(pair: Pair) -> PrefixTree:
         return pair_tree(chat, pair, pad_id)
 
-    signed = signed_pairs(options, bad)
-    return _collect(options, bad, ((pair, tree, [float(sign)] * 2, [float(sign != 0)] * 2) for pair, sign in signed))
+    def examples() -> Iterator[Example]:
+        labelled = without = 0
+        for pair, said in preferred_pairs(options, bad):
+            likely = said.probability if loss.soft_labels else 1.0
+            targets = [likely, 1 - likely] if said.sign > 0 else [1 - likely, likely]
+            margin = said.margin if loss.margin and said.margin is not None else 0.0
+            labelled += said.sign != 0
+            without += said.sign != 0 and said.margin is None
+            yield Example(pair, tree, targets, float(said.sign != 0), margin)
+        if loss.margin and without:
+            if without == labelled:
+                raise InputError("loss.margin is set, but no pair has a number in the column margin; add it, or unset")
+            say(f"{without} of {labelled} labelled pairs have no number in the column margin: theirs is 0")
+
+    return _collect(options, bad, examples())
 
 
 def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore, dict[str, int]]:
@@ -86,7 +117,7 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore
                     (questions,) = prompt.reply_trees(pair.prompt, pair.response_a, group)
                     return questions.tree
 
-                yield reply, tree, targets, [1.0] * len(group)
+                yield Example(reply, tree, targets)
 
     return _collect(options, bad, examples())
 
@@ -95,7 +126,8 @@ def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) ->
     store, limit, labelled = TreeStore(), options.row_length, False
     counts = {"dropped": 0, "truncated": 0}
     source = options.pairs or options.labels
-    for pair, make_tree, targets, weights in examples:
+    for example in examples:
+        pair, make_tree = example.pair, example.tree
         try:
             tree = make_tree(pair)
             if len(tree) > limit and options.overlong == "truncate":
@@ -112,8 +144,8 @@ def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) ->
                 )
             counts["dropped"] += 1
             continue
-        labelled |= any(weights)
-        store.append(tree, targets, weights)
+        labelled |= example.weight > 0
+        store.append(tree, example.targets, example.weight, example.margin)
     for what, count in counts.items():
         if count:
             total = len(store) + counts["dropped"]

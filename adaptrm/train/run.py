@@ -19,6 +19,7 @@ from adaptrm.progress import say
 from adaptrm.rules import RulePool
 from adaptrm.train.examples import judge_examples, reward_examples
 from adaptrm.train.loop import run_steps
+from adaptrm.train.losses import check_loss
 from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.preemption import stops_at_once
 from adaptrm.train.save import save_model
@@ -53,6 +54,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
     if jax.process_count() > 1 and not paths.is_local(out):
         raise InputError(f"{out}: several processes write one run together; give a folder that all of them share")
     options = _from_anywhere(options)
+    check_loss(kind, options.loss)
     with stops_at_once(), hold(out) if first else nullcontext():
         if first:
             _check_claim(out, kind, options)
@@ -65,12 +67,13 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             prompt = JudgePrompt(start.chat, RulePool.load(options.data.rules), options.data.template)
             (store, left), answers = judge_examples(options.data, prompt), prompt.answers
         else:
-            (store, left), answers = reward_examples(options.data, start.chat, start.pad[1]), None
+            (store, left), answers = reward_examples(options.data, start.chat, start.pad[1], options.loss), None
         plan = Plan(store.lengths, store.leaves, _plan_options(options, mesh), options.epochs)
         steps = plan.steps_per_epoch * options.epochs
         steps = min(steps, options.max_steps or steps)
         step_fn = make_step(
-            kind, definition, options.optimizer, steps, answers, options.model.dtype, options.model.remat
+            *(kind, definition, options.optimizer, steps, answers),
+            *(options.model.dtype, options.model.remat, options.loss),
         )
         state = init_state(params, make_optimizer(options.optimizer, steps), mesh)
         if first:  # only now: options that led to an error above hold no folder

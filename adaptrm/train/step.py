@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from adaptrm.config import OptimizerOptions
+from adaptrm.config import LossOptions, OptimizerOptions
 from adaptrm.models.decoder import Remat
 from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
-from adaptrm.train.losses import LOSSES
+from adaptrm.train.losses import answer_cross_entropy, reward_loss
 from adaptrm.train.optimizer import learning_rate, make_optimizer
 from adaptrm.train.state import TrainState
 
@@ -19,16 +19,24 @@ Kind = Literal["reward", "judge"]
 Answers = tuple[tuple[int, ...], ...]
 
 
-def loss_sums(kind: Kind, definition: nnx.GraphDef, params, batch, answers: Answers | None, dtype, remat: Remat):
+def loss_sums(
+    kind: Kind,
+    definition: nnx.GraphDef,
+    params,
+    batch,
+    answers: Answers | None,
+    dtype,
+    remat: Remat,
+    loss: LossOptions,
+):
     """The loss of a batch as sums, so that rows may be spread over devices."""
     model = nnx.merge(definition, params)
     hidden = model.model(batch["tokens"], batch["positions"], batch["subtree_end"], jnp.dtype(dtype), remat)
     hidden = at_leaves(hidden, batch["leaves"])
     if kind == "judge":
         read = answer_log_probabilities(hidden, model.unembedding, answers)
-    else:
-        read = label_logits(hidden, model.score.weight[...])[..., 0]
-    return LOSSES[kind](read, batch["targets"], batch["weights"])
+        return answer_cross_entropy(read, batch["targets"], batch["weights"])
+    return reward_loss(label_logits(hidden, model.score.weight[...])[..., 0], batch, loss)
 
 
 @lru_cache(maxsize=8)
@@ -40,6 +48,7 @@ def make_step(
     answers: Answers | None,
     dtype: str,
     remat: Remat,
+    loss_options: LossOptions,
 ):
     """The jitted step; runs that differ in their data alone share one compiled program.
 
@@ -52,7 +61,7 @@ def make_step(
 
     def step(state: TrainState, batch):
         def loss(params):
-            sums = loss_sums(kind, definition, params, batch, answers, dtype, remat)
+            sums = loss_sums(kind, definition, params, batch, answers, dtype, remat, loss_options)
             mean = {name: value / jnp.maximum(sums["weight"], 1e-9) for name, value in sums.items()}
             return mean["loss"], mean | {"weight": sums["weight"]}
 
