@@ -64,7 +64,10 @@ def pair_rows(pairs) -> list[dict]:
     return [vars(pair) | {"prompt": [dict(m) for m in pair.prompt]} for pair in pairs]
 
 
+CLOCKED = ("mfu", "memory_gib")
+
+
 def losses(run: Path) -> list[dict]:
     """Metrics of a run without what depends on the clock."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if not k.endswith("per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKED and not k.endswith("per_second")} for line in lines]

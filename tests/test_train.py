@@ -69,7 +69,7 @@ def test_a_run_leaves_what_the_contract_names(whole_run):
     lines = losses(whole_run)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     expected = {"step", "epoch", "loss", "accuracy", "margin", "learning_rate", "grad_norm", "weight", "pairs"}
-    assert lines[0].keys() == expected | {"skipped"}
+    assert lines[0].keys() == expected | {"skipped", "padding"}
     assert sum(line["pairs"] for line in lines) == 3 * 24
 
 

@@ -67,6 +67,11 @@ class TreeStore:
         *tree, floats = np.split(words, [size, 2 * size, 3 * size, 3 * size + leaves])
         return PrefixTree(*tree), dict(zip(LEAF_VALUES, floats.view(np.float32).reshape(3, -1), strict=True))
 
+    def visible_pairs(self, index: int) -> int:
+        """How many (query, key) of a tree attention has to look at: each token sees those before it on its branch."""
+        start, size = self._offsets[index], int(self.lengths[index])
+        return int(self._words[start + size : start + 2 * size].sum(dtype=np.int64)) + size
+
 
 class RowSource:
     """Random access to the rows of a plan: element i is one of this process's rows.

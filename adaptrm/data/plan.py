@@ -93,10 +93,9 @@ class Plan:
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch).row(within, row)
 
-    def step_size(self, step: int) -> tuple[int, int]:
-        """Tokens and examples of a step, over all processes."""
+    def members(self, step: int) -> np.ndarray:
+        """Examples of a step, over all processes."""
         number, within = divmod(step, self.steps_per_epoch)
         epoch = self._epoch(number)
         first, last = epoch.bounds[epoch.first_row[within : within + 2]]
-        members = epoch.order[first:last]
-        return int(self.lengths[members].sum()), len(members)
+        return epoch.order[first:last]

@@ -21,6 +21,7 @@ from adaptrm.train.metrics import MetricsLog
 from adaptrm.train.preemption import AGAIN, stops_after_a_step
 from adaptrm.train.reports import Reports
 from adaptrm.train.state import TrainState
+from adaptrm.train.throughput import Throughput
 
 
 def device_batches(store: TreeStore, plan: Plan, mesh: Mesh, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
@@ -49,12 +50,12 @@ def run_steps(
     options: TrainOptions,
     steps: int,
     out: str | os.PathLike,
-    unit: str,
+    throughput: Throughput,
 ) -> TrainState:
     """Train up to ``steps``, from where the newest checkpoint stands.
 
     Args:
-        unit: what an example is called in the metrics (pairs, replies).
+        throughput: what each step is measured by.
 
     Raises:
         TrainingFailed: more losses or gradients than ``max_nonfinite_steps`` are not finite.
@@ -70,9 +71,10 @@ def run_steps(
             first = jax.process_index() == 0
             logged = MetricsLog(paths.join(out, "metrics.jsonl"), start) if first else nullcontext()
             with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps - start, first) as shown:
-                reports = Reports(plan, options, log, shown, unit)
+                reports = Reports(throughput, options, log, shown)
                 feed = device_batches(store, plan, mesh, start, steps)
                 for number in range(start + 1, steps + 1):
+                    reports.start_step()
                     state, metrics = step_fn(state, next(feed))
                     reports.add(number, metrics)
                     stopped = noticed(number)

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from adaptrm.config import TrainOptions
-from adaptrm.data.plan import Plan
 from adaptrm.progress import say
 from adaptrm.train.metrics import MetricsLog
+from adaptrm.train.throughput import Throughput
 
 
 class TrainingFailed(RuntimeError):
@@ -22,13 +22,17 @@ class Reports:
     Args:
         log: None in all processes but the first.
         shown: the progress bar.
-        unit: what an example is called (pairs, replies).
     """
 
-    def __init__(self, plan: Plan, options: TrainOptions, log: MetricsLog | None, shown: Any, unit: str):
-        self._plan, self._options, self._log, self._shown, self._unit = plan, options, log, shown, unit
+    def __init__(self, throughput: Throughput, options: TrainOptions, log: MetricsLog | None, shown: Any):
+        self._throughput, self._options, self._log, self._shown = throughput, options, log, shown
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._clock = time.perf_counter()
+        self._clock, self._compiled = 0.0, False
+
+    def start_step(self) -> None:
+        """A step is about to be fed: after a pause for something else its time begins now."""
+        if self._pending is None:
+            self._clock = time.perf_counter()
 
     def add(self, number: int, metrics: dict[str, jax.Array]) -> None:
         """The metrics of a step that has been dispatched; those of the step before are read.
@@ -54,13 +58,16 @@ class Reports:
         now = time.perf_counter()
         if not values.pop("finite"):
             self._skipped(number, values)
-        tokens, examples = self._plan.step_size(number - 1)
-        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # as JSON has it
-        line = {"step": number, "epoch": (number - 1) // self._plan.steps_per_epoch, **numbers, self._unit: examples}
-        seconds, self._clock = now - self._clock, now
-        line |= {"tokens_per_second": tokens / seconds, f"{self._unit}_per_second": examples / seconds}
+        # The first step of a process is compiled, which says nothing of how fast the next ones are.
+        seconds = now - self._clock if self._compiled else None
+        self._clock, self._compiled = now, True
         if self._log is not None and number % self._options.log_every_steps == 0:
-            self._log.write(line)
+            epoch = (number - 1) // self._throughput.plan.steps_per_epoch
+            numbers = {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }  # as JSON has it
+            told = self._throughput.of_step(number - 1, seconds)
+            self._log.write({"step": number, "epoch": epoch, **numbers, **told})
         self._shown.advance(1, f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.3f}")
 
     def _skipped(self, number: int, values: dict[str, float]) -> None:

@@ -26,6 +26,7 @@ from adaptrm.train.save import save_model
 from adaptrm.train.start import read_run, start_of
 from adaptrm.train.state import init_state
 from adaptrm.train.step import Kind, make_step
+from adaptrm.train.throughput import Throughput, multiplied_parameters
 from adaptrm.yaml_text import read_yaml
 
 EXAMPLES = "examples.sha256"
@@ -80,7 +81,9 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             say(f"{len(store)} {UNITS[kind]}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
             _check_examples(out, store.digest)
             _claim(out, kind, options, store.digest)
-        state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, UNITS[kind])
+        devices, parameters = list(mesh.devices.flat), multiplied_parameters(state.params)
+        throughput = Throughput(start.config, parameters, store, plan, devices, UNITS[kind])
+        state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput)
         save_model(paths.join(out, "export"), state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     made = {"run": str(out), "steps": steps, UNITS[kind]: len(store), **left}
