@@ -44,6 +44,7 @@ class ModelOptions:
 
     pretrained: str | None = None
     scratch: ScratchOptions | None = None
+    checkpoint: str | None = None  # a run, or RUN/checkpoints/STEP: its parameters, on what that run started from
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     remat: Literal["none", "layer"] = "layer"
 
@@ -101,7 +102,8 @@ class MeshOptions:
 @dataclass(frozen=True, config=STRICT)
 class CheckpointOptions:
     every_steps: PositiveInt = 100
-    keep: PositiveInt = 2
+    keep: PositiveInt = 2  # the newest
+    keep_best: bool = False  # and the best on held-out examples
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -151,7 +153,10 @@ def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, A
 
 
 # Options that hold paths and names: never read as YAML, so that a folder called "on" stays a folder.
-TEXTS = ("model.pretrained", "model.scratch.tokenizer", "data.pairs", "data.labels", "data.rules", "data.template")
+TEXTS = (
+    *("model.pretrained", "model.checkpoint", "model.scratch.tokenizer"),
+    *("data.pairs", "data.labels", "data.rules", "data.template"),
+)
 
 
 def parse_options(section: Any, where: str) -> TrainOptions:

@@ -24,7 +24,7 @@ from adaptrm.models.heads import at_leaves, label_logits
 from adaptrm.parallel import local_mesh, read_leaves
 from adaptrm.prefix_tree import PrefixTree
 from adaptrm.train.save import save_model
-from adaptrm.train.start import open_run
+from adaptrm.train.start import is_run, open_run
 
 TREES_AT_ONCE = 256  # packed together; more would fill rows no better
 
@@ -43,7 +43,7 @@ class RewardModel:
     ) -> "RewardModel":
         """A Hugging Face folder of a sequence classifier, a hub name, or a run of ``train reward``.
 
-        A run that has not ended gives its latest checkpoint.
+        A run that has not ended gives its latest checkpoint; ``RUN/checkpoints/STEP`` gives that one.
 
         Args:
             dtype: of the parameters and the computation; the head is always float32.
@@ -54,7 +54,7 @@ class RewardModel:
         """
         mesh = mesh or local_mesh()
         whole = paths.join(model_dir, "export", "config.json")
-        if paths.exists(paths.join(model_dir, "config.yaml")) and not paths.exists(whole):
+        if is_run(model_dir) and not paths.exists(whole):
             start = open_run(model_dir)
             if start.kind != "reward":
                 raise InputError(f"{model_dir}: is a run of train {start.kind}, not of train reward")

@@ -18,7 +18,7 @@ from stores import BUCKET, forget_settings, new_folder, upload
 from tiny import random_state, tiny_causal_lm, tiny_config, tiny_pairs, tiny_pool
 
 from adaptrm import paths
-from adaptrm.config import parse_options
+from adaptrm.config import CheckpointOptions, parse_options
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.errors import InputError
 from adaptrm.hf.cache import local_copy
@@ -108,7 +108,8 @@ def test_a_full_disk_is_one_line(made, tmp_path, kind):
         with pytest.raises(InputError, match=rf"^{folder}/export: cannot be written: .*File too large.*; free space"):
             save_model(f"{folder}/export", params, tiny_config().to_hf(), chat, (None, None))
         message = rf"^{folder}/checkpoints: a checkpoint cannot be written: File too large; {where}$"
-        with pytest.raises(InputError, match=message), Checkpoints(f"{folder}/checkpoints") as checkpoints:
+        options = CheckpointOptions()
+        with pytest.raises(InputError, match=message), Checkpoints(f"{folder}/checkpoints", options) as checkpoints:
             checkpoints.save(1, TrainState(jnp.int32(1), params, (jnp.zeros(1),), jnp.int32(0)))
         if kind == "local":
             message = rf"^{folder}/metrics.jsonl: cannot be written: File too large"

@@ -15,7 +15,7 @@ from stores import new_folder, upload
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
 from adaptrm import cli, lock, paths
-from adaptrm.config import load_options
+from adaptrm.config import CheckpointOptions, load_options
 from adaptrm.errors import InputError
 from adaptrm.export import export_run
 from adaptrm.reward_model import RewardModel
@@ -62,7 +62,7 @@ def test_only_whole_checkpoints_count(store, tmp_path):
         for name in (f"{step}/params/old", "8/params/w", "notes.txt"):
             paths.write_bytes(paths.join(store, name), b"half")
         assert remote.latest(store) == (step - 2 or None)
-        remote.send(tmp_path, store, step, keep=2)
+        remote.send(tmp_path, store, step, CheckpointOptions(keep=2))
         assert remote.latest(store) == step
     names = sorted(paths.files(store, deep=True))
     each = ("commit_success.txt", "optimizer/m", "params/w")

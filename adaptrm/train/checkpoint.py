@@ -1,8 +1,10 @@
 """Checkpoints of the training state, by Orbax: asynchronous, whole or not at all, restored onto any mesh."""
 
+import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,42 +14,132 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from adaptrm import paths
+from adaptrm.config import CheckpointOptions
 from adaptrm.errors import InputError
+from adaptrm.progress import say
 from adaptrm.train import remote
 from adaptrm.train.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised too
+METADATA = "_CHECKPOINT_METADATA"  # as Orbax names it
+TORN = ".torn"
+
+
+def find(path: str | os.PathLike) -> tuple[str, int | None]:
+    """Folder of checkpoints and step of what a user names: a run (its newest whole one), or ``RUN/checkpoints/STEP``.
+
+    Returns:
+        The step is None where a run has no whole checkpoint.
+    """
+    folder, _, name = str(path).rstrip("/").rpartition("/")
+    if name.isdecimal() and paths.exists(paths.join(path, METADATA)):
+        return folder, int(name)
+    folder = paths.join(path, "checkpoints")
+    return folder, latest_step(folder)
+
+
+def latest_step(folder: str | os.PathLike) -> int | None:
+    """The newest step whose checkpoint in a ``checkpoints/`` folder is whole."""
+    if not paths.is_local(folder):
+        return remote.latest(folder)
+    return max((step for step in _steps(folder) if _is_whole(paths.here(folder) / str(step))), default=None)
+
+
+def stored_config(checkpoint: str | os.PathLike) -> str:
+    """The ``config.yaml`` of the run that a checkpoint is of.
+
+    Raises:
+        InputError: this is no checkpoint of ours.
+    """
+    try:
+        return json.loads(paths.read_bytes(paths.join(checkpoint, METADATA)))["custom_metadata"]["config"]
+    except (ValueError, KeyError, TypeError):  # InputError is a ValueError
+        raise InputError(f"{checkpoint}: not a run folder, and not a checkpoint of adaptrm train") from None
+
+
+def _steps(folder: str | os.PathLike) -> list[int]:
+    return [int(name) for name in paths.names(folder) if name.isdecimal()]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every part that a checkpoint lists is there: Orbax renames a folder once it is whole, but a disk that
+    lost its power and a copy that was interrupted leave others."""
+    try:
+        stored = json.loads((checkpoint / METADATA).read_bytes())
+        parts = [checkpoint / item for item in stored["item_handlers"]]
+        return bool(stored["commit_timestamp_nsecs"]) and all(any(part.iterdir()) for part in parts)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _policy(options: CheckpointOptions):
+    """The newest few, and with ``keep_best`` the one of the highest score (of equal ones the newest)."""
+    keep = ocp.training.preservation_policies
+    newest = keep.LatestN(options.keep)
+    if not options.keep_best:
+        return newest
+    best = keep.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False)
+    return keep.AnyPreservationPolicy([newest, best])
 
 
 class Checkpoints:
-    """The ``checkpoints/`` folder of a run; each holds parameters, optimizer state and the data position.
+    """The ``checkpoints/`` folder of a run; each holds parameters, optimizer state, the data position and the config.
 
     At a remote address Orbax writes to a temporary folder here, and what is whole is copied up by a thread of its own.
 
     Args:
-        training: False to read the parameters alone.
+        options: None to read the parameters alone.
+        config: what ``config.yaml`` says.
+        step: what is restored; the newest whole one without it.
+
+    Attributes:
+        step: what is restored; None where there is nothing.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 1, training: bool = True):
-        self.folder, self._keep = folder, keep
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        options: CheckpointOptions | None = None,
+        config: str = "",
+        step: int | None = None,
+    ):
+        self.folder, self._options, self._config = folder, options, config
+        self.step = latest_step(folder) if step is None else step
         self._ends, self._sender = ExitStack(), None
         self._sent: Future | None = None
         if paths.is_local(folder):
-            self._here = paths.here(folder).absolute()
+            self._here, policy = paths.here(folder).absolute(), options and _policy(options)
+            if options:
+                self._put_aside()
         else:
             staging = tempfile.TemporaryDirectory(prefix="adaptrm-", ignore_cleanup_errors=True)
-            self._here = Path(self._ends.enter_context(staging))
-            if (step := remote.latest(folder)) is not None:
-                remote.bring(folder, step, self._here, training)
-            self._sender, keep = self._ends.enter_context(ThreadPoolExecutor(1)), 1
+            self._here, policy = Path(self._ends.enter_context(staging)), _policy(CheckpointOptions(keep=1))
+            if self.step is not None:
+                remote.bring(folder, self.step, self._here, training=options is not None)
+            self._sender = self._ends.enter_context(ThreadPoolExecutor(1))
+        # What a kill in the middle of a save leaves is as large as a checkpoint: it is cleaned up.
         self._checkpointer = ocp.training.Checkpointer(
-            self._here, preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+            self._here, preservation_policy=policy, cleanup_tmp_directories=options is not None
         )
         self._ends.callback(self._checkpointer.close)
         self._ends.callback(self._wait)
+
+    def _put_aside(self) -> None:
+        """Rename what passes for a checkpoint and is not whole: it would be in the way when its step comes."""
+        if jax.process_index() == 0:
+            for torn in (self._here / str(step) for step in _steps(self.folder)):
+                if not _is_whole(torn):
+                    aside = torn.with_name(torn.name + TORN)
+                    say(f"{self.folder}/{torn.name}: is no whole checkpoint; not used, now {aside.name}")
+                    with self._told():
+                        shutil.rmtree(aside, ignore_errors=True)
+                        torn.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("torn checkpoints are put aside")
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -56,22 +148,23 @@ class Checkpoints:
         with self._told():
             self._ends.close()
 
-    @property
-    def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    def save(self, step: int, state: TrainState, score: float | None = None) -> None:
+        """Save in the background; the checkpoint counts once it is whole.
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Save in the background; the checkpoint counts once it is whole."""
+        Args:
+            score: how good it is on held-out examples, higher is better; None where that was not measured.
+        """
+        metrics = None if score is None else {"score": score}
+        told = {"metrics": metrics, "custom_metadata": {"config": self._config}}
         with self._told():  # here too of the one before, which was written in the background
             self._wait()
-            saved = self._checkpointer.save_checkpointables_async(step, _plain(state), force=True)
+            saved = self._checkpointer.save_checkpointables_async(step, _plain(state), force=True, **told)
         if self._sender is not None:
             self._sent = self._sender.submit(self._send, saved, step)
 
     def _send(self, saved, step: int) -> None:
         saved.result()
-        remote.send(self._here, self.folder, step, self._keep)
+        remote.send(self._here, self.folder, step, self._options)
 
     def _wait(self) -> None:
         """Wait until the checkpoint before has been copied up, so that it is not deleted here before that."""
@@ -94,7 +187,7 @@ class Checkpoints:
             raise InputError(f"{self.folder}: a checkpoint cannot be written: {reason}; {mend}") from None
 
     def restore(self, like: TrainState) -> TrainState:
-        """The latest state, onto the shardings of ``like``."""
+        """The state of ``step``, onto the shardings of ``like``."""
         abstract = jax.tree.map(_shape_of, _plain(like))
         plain = self._load(abstract)
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), plain["optimizer"])
@@ -104,15 +197,15 @@ class Checkpoints:
         return TrainState(step, _fill(like.params, plain["params"]), opt_state, skipped)
 
     def restore_params(self, like: nnx.State) -> nnx.State:
-        """The parameters of the latest checkpoint alone; ``like`` holds shapes with shardings."""
+        """The parameters of ``step`` alone; ``like`` holds shapes with shardings."""
         return _fill(like, self._load({"params": jax.tree.map(_shape_of, _by_name(like))})["params"])
 
     def _load(self, abstract: dict) -> dict:
         try:
-            return self._checkpointer.load_checkpointables(None, abstract)
-        except (ValueError, KeyError) as wrong:
-            reason = str(wrong).splitlines()[0]
-            raise InputError(f"{self.folder}: the checkpoint does not fit this model: {reason}") from None
+            return self._checkpointer.load_checkpointables(self.step, abstract)
+        except (OSError, ValueError, KeyError) as wrong:
+            reason, mend = str(wrong).splitlines()[0], "without it the one before is used"
+            raise InputError(f"{self.folder}/{self.step}: broken, or of another model: {reason}; {mend}") from None
 
 
 def _plain(state: TrainState) -> dict:

@@ -51,11 +51,13 @@ def run_steps(
     steps: int,
     out: str | os.PathLike,
     throughput: Throughput,
+    config: str,
 ) -> TrainState:
     """Train up to ``steps``, from where the newest checkpoint stands.
 
     Args:
         throughput: what each step is measured by.
+        config: what the run's config.yaml says, kept in every checkpoint.
 
     Raises:
         TrainingFailed: more losses or gradients than ``max_nonfinite_steps`` are not finite.
@@ -63,9 +65,9 @@ def run_steps(
     """
     folder = paths.join(out, "checkpoints")
     with stops_after_a_step() as noticed:
-        with Checkpoints(folder, options.checkpoint.keep) as checkpoints:
-            _check_shared(out, checkpoints.latest_step)
-            if checkpoints.latest_step is not None:
+        with Checkpoints(folder, options.checkpoint, config) as checkpoints:
+            _check_shared(out, checkpoints.step)
+            if checkpoints.step is not None:
                 state = checkpoints.restore(state)
             start, stopped = int(state.step), False
             first = jax.process_index() == 0

@@ -1,12 +1,15 @@
 """Checkpoints at a remote address: Orbax writes here, whole checkpoints are copied up, the latest comes down."""
 
+import json
 import os
 from pathlib import Path
 
 from adaptrm import paths
+from adaptrm.config import CheckpointOptions
 
 COMMIT = "commit_success.txt"  # as Orbax marks what is whole where nothing can be renamed
 TRAINING_ONLY = "optimizer/"  # twice the size of the parameters
+SCORE = "metrics/metrics"  # where Orbax puts the score
 
 
 def latest(folder: str | os.PathLike) -> int | None:
@@ -20,15 +23,22 @@ def bring(folder: str | os.PathLike, step: int, to: Path, training: bool) -> Non
     paths.fetch(paths.join(folder, str(step)), names, to / str(step))
 
 
-def send(source: Path, folder: str | os.PathLike, step: int, keep: int) -> None:
-    """Copy a checkpoint up, its mark last; then delete all but the ``keep`` newest whole ones."""
+def send(source: Path, folder: str | os.PathLike, step: int, options: CheckpointOptions) -> None:
+    """Copy a checkpoint up, its mark last; then delete all but the newest few whole ones and, if asked, the best."""
     _remove(folder, step, _steps(folder).get(step, []))  # what a killed process left of it
     (source / str(step) / COMMIT).touch()
     paths.send(source / str(step), paths.join(folder, str(step)), last=COMMIT)
     steps = _steps(folder)
-    kept = sorted(step for step, names in steps.items() if COMMIT in names)[-keep:]
-    for old in steps.keys() - set(kept):
+    whole = sorted(step for step, names in steps.items() if COMMIT in names)
+    kept = set(whole[-options.keep :])
+    if options.keep_best and (scored := [step for step in whole if SCORE in steps[step]]):
+        kept.add(max(scored, key=lambda step: (_score(folder, step), step)))
+    for old in steps.keys() - kept:
         _remove(folder, old, steps[old])
+
+
+def _score(folder: str | os.PathLike, step: int) -> float:
+    return json.loads(paths.read_bytes(paths.join(folder, str(step), SCORE)))["score"]
 
 
 def _steps(folder: str | os.PathLike) -> dict[int, list[str]]:

@@ -17,13 +17,14 @@ from adaptrm.lock import hold
 from adaptrm.parallel import make_mesh
 from adaptrm.progress import say
 from adaptrm.rules import RulePool
+from adaptrm.train.checkpoint import latest_step
 from adaptrm.train.examples import judge_examples, reward_examples
 from adaptrm.train.loop import run_steps
 from adaptrm.train.losses import check_loss
 from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.preemption import stops_at_once
 from adaptrm.train.save import save_model
-from adaptrm.train.start import read_run, start_of
+from adaptrm.train.start import follow_checkpoint, read_run, start_of
 from adaptrm.train.state import init_state
 from adaptrm.train.step import Kind, make_step
 from adaptrm.train.throughput import Throughput, multiplied_parameters
@@ -38,7 +39,8 @@ FREE = ("mesh", "checkpoint", "log_every_steps", "max_nonfinite_steps")
 def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str, Any]:
     """Train a judge or a reward model; started again with the same folder it goes on.
 
-    Restore precedence: the run's own checkpoint, then ``model.pretrained``, then random weights.
+    Restore precedence: the run's own newest whole checkpoint, with all that training needs; else the parameters that
+    ``model.checkpoint`` names; else ``model.pretrained``; else random ones.
 
     Args:
         out: the run folder: config.yaml, metrics.jsonl, checkpoints/, and at the end export/.
@@ -54,14 +56,15 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
     first = jax.process_index() == 0
     if jax.process_count() > 1 and not paths.is_local(out):
         raise InputError(f"{out}: several processes write one run together; give a folder that all of them share")
-    options = _from_anywhere(options)
+    options = follow_checkpoint(kind, _from_anywhere(options))
     check_loss(kind, options.loss)
     with stops_at_once(), hold(out) if first else nullcontext():
         if first:
             _check_claim(out, kind, options)
         mesh = _mesh(options)
         start = start_of(kind, options)
-        definition, params = start.params(mesh, options.seed)
+        resumed = latest_step(paths.join(out, "checkpoints")) is not None
+        definition, params = start.params(mesh, options.seed, resumed)
         if kind == "judge":
             if options.data.rules is None:
                 raise InputError("data.rules is missing: give the pool that the rule labels are of (--rules)")
@@ -83,7 +86,8 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             _claim(out, kind, options, store.digest)
         devices, parameters = list(mesh.devices.flat), multiplied_parameters(state.params)
         throughput = Throughput(start.config, parameters, store, plan, devices, UNITS[kind])
-        state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput)
+        config = to_yaml(kind, options)
+        state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config)
         save_model(paths.join(out, "export"), state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     made = {"run": str(out), "steps": steps, UNITS[kind]: len(store), **left}
@@ -100,7 +104,8 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
     model, data, scratch = options.model, options.data, options.model.scratch
     if scratch is not None:
         scratch = replace(scratch, tokenizer=placed(scratch.tokenizer, os.path.isdir))
-    model = replace(model, pretrained=placed(model.pretrained, os.path.isdir), scratch=scratch)
+    named = placed(model.checkpoint, os.path.isdir)
+    model = replace(model, pretrained=placed(model.pretrained, os.path.isdir), checkpoint=named, scratch=scratch)
     data = replace(data, pairs=placed(data.pairs, os.path.exists), labels=placed(data.labels), rules=placed(data.rules))
     return replace(options, model=model, data=data)
 

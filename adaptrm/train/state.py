@@ -41,13 +41,16 @@ def init_params(model_type, config: ModelConfig, seed: int, mesh: Mesh) -> tuple
 
 
 def init_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state at step 0; the optimizer's moments lie as their parameters do."""
+    """The state at step 0; the optimizer's moments lie as their parameters do. Of shapes, a state of shapes."""
     replicated = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda p: p.sharding, params)
     abstract = jax.eval_shape(optimizer.init, params)
     shardings = optax.tree_map_params(
         optimizer, lambda _, s: s, abstract, placed, transform_non_params=lambda _: replicated
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     step, skipped = jax.jit(lambda: (jnp.zeros((), jnp.int32),) * 2, out_shardings=replicated)()
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):  # those of a checkpoint come
+        opt_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    else:
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     return TrainState(step, params, opt_state, skipped)
