@@ -11,6 +11,7 @@ import typer
 
 from adaptrm import __version__
 from adaptrm.errors import RESTART, InputError, Stopped, printable
+from adaptrm.watchdog import watching
 
 app = typer.Typer(
     add_completion=False,
@@ -162,7 +163,9 @@ def train(
     start_processes()
     from adaptrm.train.run import train as run
 
-    show(run(what.value, options, out or f"runs/{Path(config).stem}"), as_json)
+    with watching(options.watchdog_seconds):
+        result = run(what.value, options, out or f"runs/{Path(config).stem}")
+    show(result, as_json)
 
 
 @app.command()

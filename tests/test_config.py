@@ -11,7 +11,7 @@ from refusals import refused
 from adaptrm.config import TEXTS, VERBS, TrainOptions, config_folder, load_options, parse_options, to_yaml
 
 # How many options a user can set. A new one is a decision: first think whether the code can know the answer.
-OPTION_COUNT = 46
+OPTION_COUNT = 47
 SHIPPED = sorted(config_folder().glob("*.yaml"))
 
 
@@ -95,6 +95,9 @@ def test_every_text_option_is_kept_from_yaml():
         ("reward: {model: {dtype: float16}}", "reward.model.dtype: Input should be 'float32' or 'bfloat16'"),
         ("reward: {model: {scratch: {}}}", "reward.model.scratch.tokenizer: Field required"),
         ("reward: {model: {pretrained: 5}}", "reward.model.pretrained: Input should be a valid string"),
+        ("reward: {watchdog_seconds: 0}", "reward.watchdog_seconds: Input should be greater than 0"),
+        ("reward: {max_nonfinite_steps: -1}", "max_nonfinite_steps: Input should be greater than or equal to 0"),
+        ("reward: {checkpoint: {keep_best: score}}", "reward.checkpoint.keep_best: Input should be a valid boolean"),
         ("reward: {data: [1]}", "reward.data: Input should be a dictionary"),
         ("reward: {1: 2}", "reward.1: "),
         ("reward: 5", "a config has one section a verb"),

@@ -23,6 +23,7 @@ from adaptrm.errors import InputError
 from adaptrm.progress import say
 from adaptrm.train import remote
 from adaptrm.train.state import TrainState
+from adaptrm.watchdog import doing
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised too
 METADATA = "_CHECKPOINT_METADATA"  # as Orbax names it
@@ -145,6 +146,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
+        doing("saving what is not saved yet")
         with self._told():
             self._ends.close()
 
@@ -155,6 +157,7 @@ class Checkpoints:
             score: how good it is on held-out examples, higher is better; None where that was not measured.
         """
         metrics = None if score is None else {"score": score}
+        doing(f"saving step {step}")
         told = {"metrics": metrics, "custom_metadata": {"config": self._config}}
         with self._told():  # here too of the one before, which was written in the background
             self._wait()
@@ -201,6 +204,7 @@ class Checkpoints:
         return _fill(like, self._load({"params": jax.tree.map(_shape_of, _by_name(like))})["params"])
 
     def _load(self, abstract: dict) -> dict:
+        doing(f"restoring step {self.step}")
         try:
             return self._checkpointer.load_checkpointables(self.step, abstract)
         except (OSError, ValueError, KeyError) as wrong:

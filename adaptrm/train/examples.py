@@ -15,6 +15,7 @@ from adaptrm.errors import InputError
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.prefix_tree import PrefixTree
 from adaptrm.progress import say
+from adaptrm.watchdog import doing
 
 YES, NO, NEITHER = 0, 1, 2
 
@@ -127,6 +128,7 @@ def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) ->
     counts = {"dropped": 0, "truncated": 0}
     source = options.pairs or options.labels
     for example in examples:
+        doing("reading the examples")
         pair, make_tree = example.pair, example.tree
         try:
             tree = make_tree(pair)

@@ -22,6 +22,7 @@ from adaptrm.train.preemption import AGAIN, stops_after_a_step
 from adaptrm.train.reports import Reports
 from adaptrm.train.state import TrainState
 from adaptrm.train.throughput import Throughput
+from adaptrm.watchdog import COMPILING, doing
 
 
 def device_batches(store: TreeStore, plan: Plan, mesh: Mesh, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
@@ -77,7 +78,10 @@ def run_steps(
                 feed = device_batches(store, plan, mesh, start, steps)
                 for number in range(start + 1, steps + 1):
                     reports.start_step()
-                    state, metrics = step_fn(state, next(feed))
+                    doing(f"reading the rows of step {number}")
+                    batch = next(feed)
+                    doing(f"step {number}", at_least=COMPILING if number == start + 1 else 0)
+                    state, metrics = step_fn(state, batch)
                     reports.add(number, metrics)
                     stopped = noticed(number)
                     if stopped or number % options.checkpoint.every_steps == 0 or number == steps:

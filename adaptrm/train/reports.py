@@ -10,6 +10,7 @@ from adaptrm.config import TrainOptions
 from adaptrm.progress import say
 from adaptrm.train.metrics import MetricsLog
 from adaptrm.train.throughput import Throughput
+from adaptrm.watchdog import doing
 
 
 class TrainingFailed(RuntimeError):
@@ -54,6 +55,7 @@ class Reports:
             return
         number, metrics = self._pending
         self._pending = None
+        doing(f"step {number}")
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # waits for the step
         now = time.perf_counter()
         if not values.pop("finite"):

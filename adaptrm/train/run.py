@@ -28,12 +28,13 @@ from adaptrm.train.start import follow_checkpoint, read_run, start_of
 from adaptrm.train.state import init_state
 from adaptrm.train.step import Kind, make_step
 from adaptrm.train.throughput import Throughput, multiplied_parameters
+from adaptrm.watchdog import doing
 from adaptrm.yaml_text import read_yaml
 
 EXAMPLES = "examples.sha256"
 UNITS = {"judge": "replies", "reward": "pairs"}
 # Options that a run may change when it goes on: they do not touch what is computed.
-FREE = ("mesh", "checkpoint", "log_every_steps", "max_nonfinite_steps")
+FREE = ("mesh", "checkpoint", "log_every_steps", "max_nonfinite_steps", "watchdog_seconds")
 
 
 def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
     with stops_at_once(), hold(out) if first else nullcontext():
         if first:
             _check_claim(out, kind, options)
+        doing("reading the model")
         mesh = _mesh(options)
         start = start_of(kind, options)
         resumed = latest_step(paths.join(out, "checkpoints")) is not None
@@ -72,6 +74,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             (store, left), answers = judge_examples(options.data, prompt), prompt.answers
         else:
             (store, left), answers = reward_examples(options.data, start.chat, start.pad[1], options.loss), None
+        doing("planning the rows")
         plan = Plan(store.lengths, store.leaves, _plan_options(options, mesh), options.epochs)
         steps = plan.steps_per_epoch * options.epochs
         steps = min(steps, options.max_steps or steps)
@@ -88,6 +91,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         throughput = Throughput(start.config, parameters, store, plan, devices, UNITS[kind])
         config = to_yaml(kind, options)
         state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config)
+        doing("exporting the model")
         save_model(paths.join(out, "export"), state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     made = {"run": str(out), "steps": steps, UNITS[kind]: len(store), **left}
