@@ -50,11 +50,21 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, config=STRICT)
+class MixOptions:
+    """A further source of examples: so many of its labelled ones for each example of ``data``, drawn by the seed."""
+
+    pairs: str | None = None
+    labels: str = "human"
+    weight: Positive = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
 class DataOptions:
     """What it is trained on, and how examples come in rows."""
 
     pairs: str | None = None
     labels: str | None = None
+    mix: tuple[MixOptions, ...] = ()  # as general pairs beside safety labels
     rules: str | None = None
     template: str = "conversation-first"
     row_length: RowLength = 1024
@@ -182,7 +192,7 @@ def to_yaml(verb: str, options: TrainOptions) -> str:
 def _known(outer: Sequence[Any]) -> list[str]:
     """Keys of the section that a path leads to."""
     kind: Any = TrainOptions
-    for name in outer:
+    for name in (name for name in outer if isinstance(name, str)):  # numbers count the parts of a list
         hint = next(f.type for f in fields(kind) if f.name == name)
         kind = next(t for t in (hint, *getattr(hint, "__args__", ())) if is_dataclass(t))
     return [f.name for f in fields(kind)]

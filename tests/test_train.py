@@ -237,6 +237,32 @@ def test_label_files_train_by_themselves_and_joined_to_their_pairs(folder, tmp_p
     assert sum(line["pairs"] for line in losses(tmp_path / "fewer")) == 24
 
 
+def test_sets_train_with_pairs_mixed_in(folder, tmp_path, monkeypatch):
+    responses = {"chosen_list": ["Mix flour."], "rejected_list": ["I refuse.", "No.", "Never mix."]}
+    write_rows(tmp_path / "sets.jsonl", [{"prompt": f"How do I bake bread {i}?", **responses} for i in range(8)])
+    (tmp_path / "pairs.jsonl").write_bytes((folder / "pairs.jsonl").read_bytes())
+
+    def sets(where: Path | str):
+        return options(
+            folder,
+            loss={"kind": "all-pairs", "center_rewards": 0.01},
+            data__pairs=str(Path(where) / "sets.jsonl"),
+            data__mix=[{"pairs": str(Path(where) / "pairs.jsonl"), "weight": 0.5}],
+            mesh={"fsdp": 4, "tensor": 2},
+            epochs=1,
+        )
+
+    monkeypatch.chdir(tmp_path)
+    made = train("reward", sets(""), tmp_path / "run")
+    assert (made["sets"], made["mixed"]) == (12, 4)
+    lines = losses(tmp_path / "run")
+    assert sum(line["sets"] for line in lines) == sum(line["weight"] for line in lines) == 12
+    monkeypatch.chdir(folder)  # the run knows its files from any folder
+    train("reward", sets(tmp_path), tmp_path / "run")
+    with pytest.raises(InputError, match="another data"):
+        train("reward", replace(sets(tmp_path), data=replace(sets(tmp_path).data, mix=())), tmp_path / "run")
+
+
 def test_a_judge_learns_rule_labels(folder, tmp_path):
     pool = tiny_pool(4)
     (tmp_path / "pool.yaml").write_text(pool.to_yaml())

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from adaptrm.data.chat import ChatTokenizer
-from adaptrm.data.preferences import Pair
+from adaptrm.data.preferences import Pair, ResponseSet, continued
 from adaptrm.errors import InputError
 from adaptrm.prefix_tree import Node, PrefixTree, common_prefix
 
@@ -35,10 +35,10 @@ def conversation_tree(
     return replace(tree, leaves=np.asarray(leaves, np.int32))
 
 
-def pair_tree(chat: ChatTokenizer, pair: Pair, pad_id: int | None) -> PrefixTree:
-    """The prompt once, then response A and response B."""
+def pair_tree(chat: ChatTokenizer, pair: Pair | ResponseSet, pad_id: int | None) -> PrefixTree:
+    """The prompt once, then response A and response B (all responses of a set)."""
     with _naming(pair):
-        return conversation_tree(chat, [pair.conversation("a"), pair.conversation("b")], pad_id)
+        return conversation_tree(chat, [continued(pair.prompt, one) for one in pair.responses], pad_id)
 
 
 def pair_length(chat: ChatTokenizer, pair: Pair) -> int:
@@ -48,7 +48,7 @@ def pair_length(chat: ChatTokenizer, pair: Pair) -> int:
 
 
 @contextmanager
-def _naming(pair: Pair) -> Iterator[None]:
+def _naming(pair: Pair | ResponseSet) -> Iterator[None]:
     """Say which pair it is that a template refuses: it has no system role, wants roles that take turns, ..."""
     try:
         yield

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from adaptrm.data.rows import BadRows, OnBadRow, Row, Source, canonical, rows_of
@@ -35,8 +35,38 @@ class Pair:
 
     def conversation(self, side: Literal["a", "b"]) -> list[dict[str, str]]:
         """The prompt continued by one of the responses."""
-        response = self.response_a if side == "a" else self.response_b
-        return [*map(dict, self.prompt), {"role": "assistant", "content": response}]
+        return continued(self.prompt, self.response_a if side == "a" else self.response_b)
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return self.response_a, self.response_b
+
+    def with_texts(self, prompt: tuple[Mapping[str, str], ...], responses: tuple[str, ...]) -> "Pair":
+        """The same pair of other texts."""
+        return replace(self, prompt=prompt, response_a=responses[0], response_b=responses[1])
+
+
+@dataclass(frozen=True)
+class ResponseSet:
+    """A prompt and several responses, some better than others (best-of-n).
+
+    Attributes:
+        grades: of each response; higher is better, all equal where nobody said which.
+    """
+
+    id: str
+    prompt: tuple[Mapping[str, str], ...]
+    responses: tuple[str, ...]
+    grades: tuple[float, ...]
+
+    def with_texts(self, prompt: tuple[Mapping[str, str], ...], responses: tuple[str, ...]) -> "ResponseSet":
+        """The same set of other texts."""
+        return replace(self, prompt=prompt, responses=responses)
+
+
+def continued(prompt: tuple[Mapping[str, str], ...], response: str) -> list[dict[str, str]]:
+    """A prompt and the response that continues it, as messages."""
+    return [*map(dict, prompt), {"role": "assistant", "content": response}]
 
 
 def load_pairs(source: Source, on_bad_row: OnBadRow = "fail") -> list[Pair]:
@@ -63,26 +93,38 @@ def read_pairs(
         bad: what becomes of bad rows; None raises.
         adapt: each pair and where it stands to the pair that is used; may raise InputError.
     """
-    bad = bad or BadRows()
+
+    def of_row(row: Row, at: str) -> list[Pair]:
+        pairs = list(pairs_of_row(row, at))
+        return [adapt(pair, at) for pair in pairs] if adapt else pairs
+
+    yield from _read(source, bad or BadRows(), of_row)
+
+
+def read_sets(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSet]:
+    """Stream rows as sets of responses: all of a best-of-n row, the two of any other; as ``read_pairs``."""
+    yield from _read(source, bad or BadRows(), lambda row, at: [set_of_row(row, at)])
+
+
+def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list]) -> Iterator:
     name = str(source) if isinstance(source, str | os.PathLike) else "pairs"
     seen: set[int] = set()
     first = None
     for where, row in rows_of(source, bad):
         at = f"{name}: {where}"
         try:
-            pairs, form = list(pairs_of_row(row, at)), form_of(row, at)
-            pairs = [adapt(pair, at) for pair in pairs] if adapt else pairs
+            found, form = of_row(row, at), form_of(row, at)
             if form != (first or form):
                 raise InputError(f"{at}: gives {form}; the rows before give {first}: mend it, or make two files")
-            keys = {hash_id(pair.id) for pair in pairs}
+            keys = {hash_id(one.id) for one in found}
             if seen & keys:
-                raise InputError(f"{at}: the id {pairs[0].id!r} is repeated; ids must be unique")
+                raise InputError(f"{at}: the id {found[0].id!r} is repeated; ids must be unique")
         except InputError as wrong:
             bad(wrong)
             continue
         first = form
         seen |= keys
-        yield from pairs
+        yield from found
 
 
 def hash_id(value: str) -> int:
@@ -96,15 +138,32 @@ def pairs_of_row(row: Row, where: str) -> Iterator[Pair]:
     Raises:
         InputError: a column is missing, empty or of the wrong kind.
     """
-    form = form_of(row, where)
-    row_id = row.get("id")
-    if row_id is None:
-        row_id = hashlib.sha256(canonical(row)).hexdigest()[:16]
-    row_id = check_response(str(row_id), "id", where)
+    form, row_id = form_of(row, where), _row_id(row, where)
     subset = row.get("subset")
     subset = None if subset is None else _whole(str(subset), "subset", where)
     for suffix, prompt, a, b, preferred in FORMS[form](row, where):
         yield Pair(row_id + suffix, prompt, a, b, preferred, subset, margin_of(row))
+
+
+def set_of_row(row: Row, where: str) -> ResponseSet:
+    """The responses of one row: of a best-of-n row all, the chosen ones first.
+
+    Raises:
+        InputError: as ``pairs_of_row``.
+    """
+    if names := LISTS.get(form_of(row, where)):
+        prompt, chosen, rejected = _sides(row, where, names)
+        grades = (1.0,) * len(chosen) + (0.0,) * len(rejected)
+        return ResponseSet(_row_id(row, where), prompt, (*chosen, *rejected), grades)
+    (pair,) = pairs_of_row(row, where)
+    return ResponseSet(pair.id, pair.prompt, pair.responses, tuple(float(pair.preferred == side) for side in "ab"))
+
+
+def _row_id(row: Row, where: str) -> str:
+    row_id = row.get("id")
+    if row_id is None:
+        row_id = hashlib.sha256(canonical(row)).hexdigest()[:16]
+    return check_response(str(row_id), "id", where)
 
 
 def margin_of(row: Row) -> float | None:
@@ -154,21 +213,23 @@ def _texts(row: Row, where: str) -> Parts:
     yield "", prompt, a, b, "a"
 
 
-def _best_of_n(row: Row, where: str, names: tuple[str, str] = ("chosen_list", "rejected_list")) -> Parts:
+def _best_of_n(row: Row, where: str) -> Parts:
     """Every chosen response against every rejected one."""
+    prompt, *sides = _sides(row, where, LISTS[form_of(row, where)])
+    for i, chosen in enumerate(sides[0]):
+        for j, rejected in enumerate(sides[1]):
+            yield f"#{i}-{j}", prompt, chosen, rejected, "a"
+
+
+def _sides(row: Row, where: str, names: tuple[str, str]) -> tuple[tuple[Mapping[str, str], ...], list[str], list[str]]:
+    """Prompt, chosen and rejected responses of a best-of-n row."""
     prompt = check_prompt(row.get("prompt"), where)
     sides = []
     for name in names:
         if not isinstance(row[name], list) or not row[name]:
             raise InputError(f"{where}: {' and '.join(names)} must be lists of responses, none of them empty")
         sides.append([check_reply(one, name, where) for one in row[name]])
-    for i, chosen in enumerate(sides[0]):
-        for j, rejected in enumerate(sides[1]):
-            yield f"#{i}-{j}", prompt, chosen, rejected, "a"
-
-
-def _text_lists(row: Row, where: str) -> Parts:
-    return _best_of_n(row, where, ("chosen", "rejected"))
+    return prompt, *sides
 
 
 def _messages(row: Row, where: str) -> Parts:
@@ -216,7 +277,12 @@ FORMS: dict[str, Callable[[Row, str], Parts]] = {
     "chosen and rejected as texts": _texts,
     "chosen and rejected as messages": _messages,
     "chosen and rejected as dialogue": _dialogue,
-    "chosen and rejected as lists of responses": _text_lists,
+    "chosen and rejected as lists of responses": _best_of_n,
+}
+# Forms of best-of-n, and their columns.
+LISTS = {
+    "chosen_list and rejected_list": ("chosen_list", "rejected_list"),
+    "chosen and rejected as lists of responses": ("chosen", "rejected"),
 }
 
 

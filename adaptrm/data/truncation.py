@@ -1,11 +1,13 @@
 """Conversations cut from the left until they fit: done only where an option asks for it, and counted."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from typing import TypeVar
 
-from adaptrm.data.preferences import Pair
+from adaptrm.data.preferences import Pair, ResponseSet
 from adaptrm.data.rows import BadRows
 from adaptrm.errors import InputError
+
+Responses = TypeVar("Responses", Pair, ResponseSet)
 
 
 class Truncation:
@@ -44,12 +46,12 @@ def usable(pairs: Iterable[Pair], cut: Truncation, bad: BadRows, name: str) -> I
         yield fitting
 
 
-def truncated(pair: Pair, length: Callable[[Pair], int], limit: int) -> Pair:
-    """The pair itself where it fits, else with as little as possible cut from the left.
+def truncated(pair: Responses, length: Callable[[Responses], int], limit: int) -> Responses:
+    """The pair (or set) itself where it fits, else with as little as possible cut from the left.
 
     First the prompt goes, its oldest message first, the system's included: a message of which nothing is left is
     dropped, and a reply whose question was dropped goes with it. The last message of the user keeps its last
-    character. Then the responses go, the longer one first. Both keep the same prompt.
+    character. Then the responses go, the longest one first. All keep the same prompt.
 
     Args:
         length: tokens of a pair as rendered; nearly monotone in its characters.
@@ -60,7 +62,7 @@ def truncated(pair: Pair, length: Callable[[Pair], int], limit: int) -> Pair:
     if length(pair) <= limit:
         return pair
     # How many characters to cut: enough (all of them, which leaves the last ones), and too few.
-    fits = sum(len(message["content"]) for message in pair.prompt) + max(len(pair.response_a), len(pair.response_b))
+    fits = sum(len(message["content"]) for message in pair.prompt) + max(map(len, pair.responses))
     over = 0
     if (least := length(_cut(pair, fits))) > limit:
         raise InputError(
@@ -76,7 +78,7 @@ def truncated(pair: Pair, length: Callable[[Pair], int], limit: int) -> Pair:
     return _cut(pair, fits)
 
 
-def _cut(pair: Pair, count: int) -> Pair:
+def _cut(pair: Responses, count: int) -> Responses:
     """The pair without its first ``count`` characters, as far as they may go."""
     *earlier, question = pair.prompt
     prompt, orphaned = [], False
@@ -91,6 +93,5 @@ def _cut(pair: Pair, count: int) -> Pair:
     text = question["content"]
     gone = min(count, max(len(text) - 1, 0))
     prompt.append({**question, "content": text[gone:]})
-    keep = max(len(pair.response_a), len(pair.response_b)) - (count - gone)
-    a, b = (text[-max(keep, 1) :] for text in (pair.response_a, pair.response_b))
-    return replace(pair, prompt=tuple(prompt), response_a=a, response_b=b)
+    keep = max(map(len, pair.responses)) - (count - gone)
+    return pair.with_texts(tuple(prompt), tuple(text[-max(keep, 1) :] for text in pair.responses))

@@ -1,14 +1,16 @@
 """Training examples: pairs with labels for the reward model, replies with rule labels for the judge."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from adaptrm.config import DataOptions, LossOptions
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import pair_tree
 from adaptrm.data.labels import LabelIndex, Preference, read_labels, read_rule_labels
 from adaptrm.data.pipeline import TreeStore
-from adaptrm.data.preferences import Pair, read_pairs
+from adaptrm.data.preferences import Pair, ResponseSet, read_pairs, read_sets
 from adaptrm.data.rows import BadRows
 from adaptrm.data.truncation import truncated
 from adaptrm.errors import InputError
@@ -47,50 +49,98 @@ def preferred_pairs(options: DataOptions, bad: BadRows) -> Iterator[tuple[Pair, 
 
 @dataclass(frozen=True)
 class Example:
-    """A pair, the tree that it makes, and what the tree has at its leaves.
+    """A pair or set, the tree that it makes, and what the tree has at its leaves.
 
     Attributes:
+        source: where it was read, for messages.
         targets: one a leaf.
         weight, margin: of all leaves; without weight nothing is learnt from it.
     """
 
-    pair: Pair
-    tree: Callable[[Pair], PrefixTree]
-    targets: list[float]
+    source: str
+    pair: Pair | ResponseSet
+    tree: Callable[[Pair | ResponseSet], PrefixTree]
+    targets: Sequence[float]
     weight: float = 1.0
     margin: float = 0.0
 
 
 def reward_examples(
-    options: DataOptions, chat: ChatTokenizer, pad_id: int | None, loss: LossOptions
+    options: DataOptions, chat: ChatTokenizer, pad_id: int | None, loss: LossOptions, seed: int = 0
 ) -> tuple[TreeStore, dict[str, int]]:
-    """A tree a pair; at each leaf the probability that it is the better one.
+    """A tree a pair, or a set where the loss is over sets; at each leaf the probability that it is the better one.
+
+    Args:
+        seed: draws the examples of ``data.mix``.
 
     Returns:
-        The trees, and how many rows were skipped, how many examples dropped or truncated.
+        The trees, and how many rows were skipped, how many examples dropped, truncated and mixed in.
     """
-    if loss.soft_labels and options.labels == "human":
+    files = [source.labels for source in (options, *options.mix) if source.labels != "human"]
+    if loss.soft_labels and not files:
         raise InputError("loss.soft_labels needs the probabilities of a label file (data.labels); people gave none")
-    bad = BadRows(options.on_bad_row)
+    bad, mixed, margins = BadRows(options.on_bad_row), 0, False
 
-    def tree(pair: Pair) -> PrefixTree:
+    def tree(pair: Pair | ResponseSet) -> PrefixTree:
         return pair_tree(chat, pair, pad_id)
 
     def examples() -> Iterator[Example]:
-        labelled = without = 0
-        for pair, said in preferred_pairs(options, bad):
-            likely = said.probability if loss.soft_labels else 1.0
-            targets = [likely, 1 - likely] if said.sign > 0 else [1 - likely, likely]
-            margin = said.margin if loss.margin and said.margin is not None else 0.0
-            labelled += said.sign != 0
-            without += said.sign != 0 and said.margin is None
-            yield Example(pair, tree, targets, float(said.sign != 0), margin)
-        if loss.margin and without:
-            if without == labelled:
-                raise InputError("loss.margin is set, but no pair has a number in the column margin; add it, or unset")
-            say(f"{without} of {labelled} labelled pairs have no number in the column margin: theirs is 0")
+        nonlocal mixed, margins
+        count = 0
+        for example in _examples_of(options, loss, tree, bad):
+            count += 1
+            margins |= example.margin != 0
+            yield example
+        for number, mix in enumerate(options.mix):
+            source = replace(options, pairs=mix.pairs, labels=mix.labels, mix=())
+            doing("counting the examples of data.mix")
+            unlisted = BadRows(options.on_bad_row, listed=False)
+            have = sum(example.weight > 0 for example in _examples_of(source, loss, tree, unlisted))
+            want = round(mix.weight * count)
+            if want > have:
+                raise InputError(
+                    f"{mix.pairs or mix.labels}: has {have} examples with a label, data.mix wants {want} "
+                    f"({mix.weight:g} x {count}); lower its weight"
+                )
+            chosen = np.zeros(have, bool)
+            chosen[np.random.default_rng((seed, number)).permutation(have)[:want]] = True
+            labelled = (example for example in _examples_of(source, loss, tree, bad) if example.weight > 0)
+            yield from (example for example, is_chosen in zip(labelled, chosen, strict=True) if is_chosen)
+            mixed += want
+            say(f"mixed in {want} of {have} examples of {mix.pairs or mix.labels}")
 
-    return _collect(options, bad, examples())
+    store, left = _collect(options, bad, examples())
+    if loss.margin and not margins:
+        raise InputError(f"{options.pairs or options.labels}: loss.margin is set, but no pair has a number in margin")
+    return store, left | ({"mixed": mixed} if options.mix else {})
+
+
+def _examples_of(options: DataOptions, loss: LossOptions, tree, bad: BadRows) -> Iterator[Example]:
+    """The examples of one source, not yet tokenised."""
+    source = options.pairs or options.labels
+    if loss.kind != "bradley-terry":
+        for one in _sets(options, bad):
+            yield Example(source, one, tree, one.grades, float(max(one.grades) > min(one.grades)))
+        return
+    labelled = without = 0
+    for pair, said in preferred_pairs(options, bad):
+        likely = said.probability if loss.soft_labels else 1.0
+        targets = [likely, 1 - likely] if said.sign > 0 else [1 - likely, likely]
+        margin = said.margin if loss.margin and said.margin is not None else 0.0
+        labelled += said.sign != 0
+        without += said.sign != 0 and said.margin is None
+        yield Example(source, pair, tree, targets, float(said.sign != 0), margin)
+    if loss.margin and without and bad.listed:
+        say(f"{source}: {without} of {labelled} labelled pairs have no number in the column margin; theirs is 0")
+
+
+def _sets(options: DataOptions, bad: BadRows) -> Iterator[ResponseSet]:
+    """Best-of-n rows as they are; a labelled pair is a set of two."""
+    if options.labels == "human" and options.pairs is not None:
+        yield from read_sets(options.pairs, bad)
+        return
+    for pair, said in preferred_pairs(options, bad):
+        yield ResponseSet(pair.id, pair.prompt, pair.responses, (float(said.sign > 0), float(said.sign < 0)))
 
 
 def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore, dict[str, int]]:
@@ -118,7 +168,7 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore
                     (questions,) = prompt.reply_trees(pair.prompt, pair.response_a, group)
                     return questions.tree
 
-                yield Example(reply, tree, targets)
+                yield Example(options.labels, reply, tree, targets)
 
     return _collect(options, bad, examples())
 
@@ -126,10 +176,9 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore
 def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) -> tuple[TreeStore, dict[str, int]]:
     store, limit, labelled = TreeStore(), options.row_length, False
     counts = {"dropped": 0, "truncated": 0}
-    source = options.pairs or options.labels
     for example in examples:
         doing("reading the examples")
-        pair, make_tree = example.pair, example.tree
+        source, pair, make_tree = example.source, example.pair, example.tree
         try:
             tree = make_tree(pair)
             if len(tree) > limit and options.overlong == "truncate":
@@ -153,5 +202,5 @@ def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) ->
             total = len(store) + counts["dropped"]
             say(f"{what} {count} of {total} examples: longer than a row of {limit} tokens")
     if not labelled:
-        raise InputError(f"{source}: nothing to train on; no example has a label")
+        raise InputError(f"{options.pairs or options.labels}: nothing to train on; no example has a label")
     return store.freeze(), {"skipped_rows": bad.count} | counts

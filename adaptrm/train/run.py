@@ -47,7 +47,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         out: the run folder: config.yaml, metrics.jsonl, checkpoints/, and at the end export/.
 
     Returns:
-        Steps, examples, rows skipped, examples dropped and truncated, parameters, share of padding.
+        Steps, examples, rows skipped, examples dropped, truncated and mixed in, parameters, share of padding.
 
     Raises:
         InputError: options, data or the folder cannot be used.
@@ -73,8 +73,12 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             prompt = JudgePrompt(start.chat, RulePool.load(options.data.rules), options.data.template)
             (store, left), answers = judge_examples(options.data, prompt), prompt.answers
         else:
-            (store, left), answers = reward_examples(options.data, start.chat, start.pad[1], options.loss), None
+            (store, left), answers = (
+                reward_examples(options.data, start.chat, start.pad[1], options.loss, options.seed),
+                None,
+            )
         doing("planning the rows")
+        unit = "sets" if options.loss.kind != "bradley-terry" else UNITS[kind]
         plan = Plan(store.lengths, store.leaves, _plan_options(options, mesh), options.epochs)
         steps = plan.steps_per_epoch * options.epochs
         steps = min(steps, options.max_steps or steps)
@@ -84,17 +88,17 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         )
         state = init_state(params, make_optimizer(options.optimizer, steps), mesh)
         if first:  # only now: options that led to an error above hold no folder
-            say(f"{len(store)} {UNITS[kind]}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
+            say(f"{len(store)} {unit}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
             _check_examples(out, store.digest)
             _claim(out, kind, options, store.digest)
         devices, parameters = list(mesh.devices.flat), multiplied_parameters(state.params)
-        throughput = Throughput(start.config, parameters, store, plan, devices, UNITS[kind])
+        throughput = Throughput(start.config, parameters, store, plan, devices, unit)
         config = to_yaml(kind, options)
         state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config)
         doing("exporting the model")
         save_model(paths.join(out, "export"), state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    made = {"run": str(out), "steps": steps, UNITS[kind]: len(store), **left}
+    made = {"run": str(out), "steps": steps, unit: len(store), **left}
     return made | {"parameters": count, "padding": plan.padding}
 
 
@@ -110,7 +114,9 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
         scratch = replace(scratch, tokenizer=placed(scratch.tokenizer, os.path.isdir))
     named = placed(model.checkpoint, os.path.isdir)
     model = replace(model, pretrained=placed(model.pretrained, os.path.isdir), checkpoint=named, scratch=scratch)
+    mix = tuple(replace(m, pairs=placed(m.pairs, os.path.exists), labels=placed(m.labels)) for m in data.mix)
     data = replace(data, pairs=placed(data.pairs, os.path.exists), labels=placed(data.labels), rules=placed(data.rules))
+    data = replace(data, mix=mix)
     return replace(options, model=model, data=data)
 
 
