@@ -46,7 +46,7 @@ class ModelOptions:
     scratch: ScratchOptions | None = None
     checkpoint: str | None = None  # a run, or RUN/checkpoints/STEP: its parameters, on what that run started from
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
-    remat: Literal["none", "layer"] = "layer"
+    remat: Literal["layer", "attention", "dots", "none"] = "layer"  # from least memory to least work
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -88,8 +88,10 @@ class LossOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerOptions:
-    """AdamW, its schedule and clipping."""
+    """The optimizer, its schedule and clipping."""
 
+    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    accumulate_steps: PositiveInt = 1  # parts of a step's rows, computed one after the other
     learning_rate: NotNegative = 2e-5
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NonNegativeInt = 10
@@ -97,6 +99,7 @@ class OptimizerOptions:
     b1: Decay = 0.9
     b2: Decay = 0.999
     eps: Positive = 1e-8
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of AdamW's first moment
     clip_norm: Positive = 1.0
 
 

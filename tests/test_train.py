@@ -296,14 +296,6 @@ def test_a_judge_learns_rule_labels(folder, tmp_path):
         train("judge", other, tmp_path / "other")
 
 
-def test_remat_changes_nothing(folder, tmp_path):
-    mesh = {"fsdp": 4, "tensor": 2}
-    train("reward", options(folder, max_steps=3, mesh=mesh), tmp_path / "none")
-    train("reward", options(folder, max_steps=3, mesh=mesh, model__remat="layer"), tmp_path / "layer")
-    for a, b in zip(losses(tmp_path / "none"), losses(tmp_path / "layer"), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-
-
 def test_exact_batches_hold_exactly_so_many_pairs(folder, tmp_path):
     exact = options(folder, epochs=1, mesh={"fsdp": 4, "tensor": 2}, data__exact_batch=True, data__pairs_per_step=7)
     exact = replace(exact, data=replace(exact.data, rows_per_step=8))

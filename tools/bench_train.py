@@ -128,7 +128,7 @@ def ours(folder: Path, chat, pairs: list, make_tree: Callable, options: argparse
     optimizer = OptimizerOptions(learning_rate=0.0, schedule="constant", warmup_steps=0)
     steps = plan.steps_per_epoch
     step = make_step("reward", definition, optimizer, steps, None, "float32", "none")
-    state = init_state(params, make_optimizer(optimizer, steps), mesh)
+    state = init_state(params, make_optimizer(optimizer), mesh)
 
     def epoch(state):
         sums = np.zeros(2)

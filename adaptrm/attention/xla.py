@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
+ATTENTION = "attention"  # names what the backward pass would need a second forward pass for
 BLOCK = 128
 MASKED = -1e30  # finite, so that a query without a visible key in a block gives 0 and not nan
 
@@ -102,7 +104,7 @@ def _forward(q_BNKXH, k_BNKSH, v_BNKSH, end_BNS):
 
         return lax.map(query_block, (jnp.arange(len(q_NKXH)), q_NKXH))
 
-    out, log_total = lax.map(row, (q_BNKXH, k_BNKSH, v_BNKSH, end_BNS))
+    out, log_total = checkpoint_name(lax.map(row, (q_BNKXH, k_BNKSH, v_BNKSH, end_BNS)), ATTENTION)
     return out, (q_BNKXH, k_BNKSH, v_BNKSH, end_BNS, out, log_total)
 
 

@@ -1,17 +1,28 @@
 """The decoder and the two models built on it, for rows of packed prefix trees."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import checkpoint_policies as policies
 from jaxtyping import Array, Float, Int32
 
+from adaptrm.attention import ATTENTION
 from adaptrm.models.config import ModelConfig
 from adaptrm.models.layers import Layer, RMSNorm, Weight, rotary_angles
 from adaptrm.parallel.sharding import constrain
 
-Remat = Literal["none", "layer"]
+Remat = Literal["layer", "attention", "dots", "none"]
+# What the backward pass finds of each layer besides its input, from least memory to most; it computes the rest again.
+SAVED: dict[Remat, Callable | None] = {
+    "layer": None,  # nothing
+    "attention": policies.save_only_these_names(ATTENTION),
+    "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)
+    ),
+}
 
 
 class Decoder(nnx.Module):
@@ -33,7 +44,8 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "rows tokens hidden"]:
         """Hidden states after the last norm, computed in ``dtype``.
 
-        ``remat="layer"`` keeps only each layer's input for the backward pass and computes the rest again.
+        Args:
+            remat: what is kept for the backward pass: the input of each layer, its attention, its matrix products, all.
         """
         x = constrain(self.embed_tokens.weight[...][tokens].astype(dtype), "rows", "tokens", "hidden")
         angles = rotary_angles(self.config, positions)
@@ -42,7 +54,8 @@ class Decoder(nnx.Module):
         def layer(x, layer_weights):
             return nnx.merge(definition, layer_weights)(x, angles, subtree_end), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat == "layer" else layer, x, weights)
+        body = layer if remat == "none" else jax.checkpoint(layer, policy=SAVED[remat])
+        x, _ = jax.lax.scan(body, x, weights)
         return self.norm(x)
 
 

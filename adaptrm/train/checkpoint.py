@@ -191,7 +191,7 @@ class Checkpoints:
 
     def restore(self, like: TrainState) -> TrainState:
         """The state of ``step``, onto the shardings of ``like``."""
-        abstract = jax.tree.map(_shape_of, _plain(like))
+        abstract = jax.tree.map(_shape_of, _plain(like._replace(step=0, skipped=0)))
         plain = self._load(abstract)
         opt_state = jax.tree.unflatten(jax.tree.structure(like.opt_state), plain["optimizer"])
         step, skipped = (

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, decay and clipping, from options."""
+"""The optimizer and its learning rate, from options."""
 
 import re
 
@@ -6,6 +6,7 @@ import jax
 import optax
 
 from adaptrm.config import OptimizerOptions
+from adaptrm.errors import InputError
 
 
 def learning_rate(options: OptimizerOptions, steps: int) -> optax.Schedule:
@@ -28,16 +29,22 @@ def decays(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: not re.search("norm|bias", name(path)), params)
 
 
-def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW (Loshchilov & Hutter 2019)."""
-    return optax.chain(
-        optax.clip_by_global_norm(options.clip_norm),
-        optax.adamw(
-            learning_rate(options, steps),
-            b1=options.b1,
-            b2=options.b2,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            mask=decays,
-        ),
-    )
+def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
+    """The direction of a step before it is multiplied by the learning rate, which the step's own number decides.
+
+    Clipping by the global norm, then AdamW (Loshchilov & Hutter 2019), Adafactor (Shazeer & Stern 2018: factored second
+    moments, no first, updates clipped at a root-mean-square of 1, steps not relative to the parameters), or plain SGD;
+    then decoupled weight decay.
+
+    Raises:
+        InputError: an option that this optimizer has no use for.
+    """
+    if options.mu_dtype != "float32" and options.name != "adamw":
+        raise InputError(f"optimizer.mu_dtype is {options.mu_dtype}; {options.name} has no first moment, only adamw")
+    scaled = {
+        "adamw": optax.scale_by_adam(options.b1, options.b2, options.eps, mu_dtype=options.mu_dtype),
+        "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+        "sgd": optax.identity(),
+    }[options.name]
+    decay = optax.add_decayed_weights(options.weight_decay, mask=decays)
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), scaled, decay, optax.scale(-1.0))

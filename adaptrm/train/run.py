@@ -86,7 +86,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             *(kind, definition, options.optimizer, steps, answers),
             *(options.model.dtype, options.model.remat, options.loss),
         )
-        state = init_state(params, make_optimizer(options.optimizer, steps), mesh)
+        state = init_state(params, make_optimizer(options.optimizer), mesh)
         if first:  # only now: options that led to an error above hold no folder
             say(f"{len(store)} {unit}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
             _check_examples(out, store.digest)
@@ -158,7 +158,9 @@ def _mesh(options: TrainOptions) -> Mesh:
 
 def _plan_options(options: TrainOptions, mesh: Mesh) -> PlanOptions:
     data = options.data
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    # Every part of a step is spread evenly over the devices.
+    parts = options.optimizer.accumulate_steps
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * parts
     if data.exact_batch and data.pairs_per_step is None:
         raise InputError("data.exact_batch needs data.pairs_per_step")
     if data.exact_batch:  # as many rows as the pairs need, so that each device has the same number
@@ -166,5 +168,6 @@ def _plan_options(options: TrainOptions, mesh: Mesh) -> PlanOptions:
     if data.pairs_per_step is not None:
         raise InputError("data.pairs_per_step needs data.exact_batch: true; without it a step is data.rows_per_step")
     if data.rows_per_step % ways:
-        raise InputError(f"data.rows_per_step is {data.rows_per_step}; it must be a multiple of data x fsdp = {ways}")
+        of = "data x fsdp" + " x optimizer.accumulate_steps" * (parts > 1)
+        raise InputError(f"data.rows_per_step is {data.rows_per_step}; it must be a multiple of {of} = {ways}")
     return PlanOptions(data.row_length, data.rows_per_step, None, options.seed)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptrm.hf.load import abstract_model, logical_axes
 from adaptrm.models.config import ModelConfig
-from adaptrm.parallel import sharding
+from adaptrm.parallel import constrain, sharding
 
 
 class TrainState(NamedTuple):
@@ -41,16 +41,31 @@ def init_params(model_type, config: ModelConfig, seed: int, mesh: Mesh) -> tuple
 
 
 def init_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state at step 0; the optimizer's moments lie as their parameters do. Of shapes, a state of shapes."""
+    """The state at step 0; of shapes with shardings, a state of those.
+
+    An optimizer's moment lies as its parameter does; what is not of its shape (Adafactor's factors) is small, and
+    copied to every device.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda p: p.sharding, params)
-    abstract = jax.eval_shape(optimizer.init, params)
+    shapes = jax.eval_shape(optimizer.init, params)
     shardings = optax.tree_map_params(
-        optimizer, lambda _, s: s, abstract, placed, transform_non_params=lambda _: replicated
+        optimizer,
+        lambda moment, param: param.sharding if moment.shape == param.shape else replicated,
+        *(shapes, params),
+        transform_non_params=lambda _: replicated,
     )
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        shaped = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        return TrainState(count, params, jax.tree.map(shaped, shapes, shardings), count)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     step, skipped = jax.jit(lambda: (jnp.zeros((), jnp.int32),) * 2, out_shardings=replicated)()
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):  # those of a checkpoint come
-        opt_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    else:
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     return TrainState(step, params, opt_state, skipped)
+
+
+def pinned(definition: nnx.GraphDef, params: nnx.State) -> nnx.State:
+    """Parameters, or what is of their shapes, pinned to the current mesh by the table of logical axes."""
+    axes = logical_axes(definition, params)
+    return nnx.from_flat_state(
+        [(path, param.replace(constrain(param[...], *axes[path]))) for path, param in nnx.to_flat_state(params)]
+    )

@@ -11,9 +11,10 @@ from flax import nnx
 from adaptrm.config import LossOptions, OptimizerOptions
 from adaptrm.models.decoder import Remat
 from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
+from adaptrm.parallel import constrain
 from adaptrm.train.losses import answer_cross_entropy, reward_loss
 from adaptrm.train.optimizer import learning_rate, make_optimizer
-from adaptrm.train.state import TrainState
+from adaptrm.train.state import TrainState, pinned
 
 Kind = Literal["reward", "judge"]
 Answers = tuple[tuple[int, ...], ...]
@@ -56,24 +57,44 @@ def make_step(
         ``step(state, batch) -> (state, metrics)``; the state is donated. A step whose loss or gradient is not finite
         leaves parameters and optimizer as they are, counts in ``skipped`` and says so in ``metrics["finite"]``.
     """
-    optimizer = make_optimizer(optimizer_options, steps)
+    optimizer = make_optimizer(optimizer_options)
     schedule = learning_rate(optimizer_options, steps)
+    parts = optimizer_options.accumulate_steps
 
-    def step(state: TrainState, batch):
+    def sums_and_gradient(params, batch):
         def loss(params):
             sums = loss_sums(kind, definition, params, batch, answers, dtype, remat, loss_options)
-            mean = {name: value / jnp.maximum(sums["weight"], 1e-9) for name, value in sums.items()}
-            return mean["loss"], mean | {"weight": sums["weight"]}
+            return sums["loss"], sums
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return sums, pinned(definition, gradient)
+
+    def accumulated(params, batch):
+        def add(total, part):
+            part = {name: constrain(x, "rows", "tokens") for name, x in part.items()}
+            return jax.tree.map(jnp.add, total, sums_and_gradient(params, part)), None
+
+        # Part i takes rows i, i + parts, ...: of the rows that each device holds an equal share.
+        split = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+        shapes = jax.eval_shape(sums_and_gradient, params, {name: x[0] for name, x in split.items()})
+        sums, gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, (sums, pinned(definition, gradient)), split)[0]
+
+    def step(state: TrainState, batch):
+        sums, grads = (sums_and_gradient if parts == 1 else accumulated)(state.params, batch)
+        weight = jnp.maximum(sums["weight"], 1e-9)
+        metrics = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
+        grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        # By the step's number and not by the optimizer's own count, which a step that is not finite leaves as it is.
+        rate = schedule(state.step)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
         skipped = state.skipped + ~finite
-        metrics |= {"learning_rate": schedule(state.step), "grad_norm": norm, "finite": finite, "skipped": skipped}
+        metrics |= {"learning_rate": rate, "grad_norm": norm, "finite": finite, "skipped": skipped}
         return TrainState(state.step + 1, params, opt_state, skipped), metrics
 
     return jax.jit(step, donate_argnums=0)
