@@ -12,7 +12,7 @@ from flax import nnx
 
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import conversation_tree
-from adaptrm.hf.load import load_weights, open_folder
+from adaptrm.hf import load_weights, open_folder
 from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.heads import at_leaves, label_logits
 from adaptrm.parallel import make_mesh, read_leaves

@@ -300,5 +300,8 @@ def filling(folder: str | os.PathLike, last: str) -> Iterator[Path]:
         yield here(folder)
         return
     with tempfile.TemporaryDirectory(prefix="adaptrm-") as staging:
-        yield Path(staging)
+        try:
+            yield Path(staging)
+        except InputError as wrong:
+            raise InputError(f"{folder}: {wrong}") from None
         send(Path(staging), folder, last)

@@ -18,7 +18,8 @@ from adaptrm.data.chat import ChatTokenizer, pad_can_end
 from adaptrm.data.chat_trees import conversation_tree, pair_length, pair_tree
 from adaptrm.data.preferences import Pair
 from adaptrm.errors import InputError
-from adaptrm.hf.load import listed, load_weights, open_folder
+from adaptrm.hf.folder import listed, open_folder
+from adaptrm.hf.load import load_weights
 from adaptrm.models import SequenceClassifier
 from adaptrm.models.heads import at_leaves, label_logits
 from adaptrm.parallel import local_mesh, read_leaves

@@ -19,7 +19,7 @@ from adaptrm.data.preferences import load_pairs, read_pairs
 from adaptrm.data.rows import BadRows, rows_of, source_hash
 from adaptrm.data.scores import read_manifest, read_parts
 from adaptrm.errors import InputError
-from adaptrm.hf.load import load_weights, open_folder
+from adaptrm.hf import load_weights, open_folder
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.models import SequenceClassifier
 from adaptrm.paths import sha256

@@ -16,7 +16,7 @@ from adaptrm.config import LossOptions, parse_options
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
-from adaptrm.hf.load import load_weights, open_folder
+from adaptrm.hf import load_weights, open_folder
 from adaptrm.lock import hold
 from adaptrm.models import SequenceClassifier
 from adaptrm.parallel import make_mesh

@@ -2,18 +2,21 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
 
 from adaptrm import paths
-from adaptrm.hf.keys import key_table
+from adaptrm.errors import InputError
+from adaptrm.hf.blocks import Blocks, layout_of
+from adaptrm.hf.keys import Key, key_table
+from adaptrm.hf.weight_file import write_header
 from adaptrm.models.config import FAMILIES, rope_parameters
+from adaptrm.parallel.distributed import told_to_all
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -21,7 +24,11 @@ MAX_SHARD_BYTES = 4 << 30
 def save_weights(state: nnx.State, out: str | os.PathLike, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write all parameters under their Hugging Face names, in shards of bounded size; process 0 writes.
 
-    The folder's file names follow Hugging Face: ``model.safetensors``, or numbered shards with an index.
+    The folder's file names follow Hugging Face: ``model.safetensors``, or numbered shards with an index. Every process
+    takes part in gathering each block; none holds more than one.
+
+    Raises:
+        InputError: a file cannot be written; in every process.
     """
     params = dict(nnx.to_flat_state(state))
     table = sorted(
@@ -40,32 +47,47 @@ def save_weights(state: nnx.State, out: str | os.PathLike, max_shard_bytes: int 
     for number, shard in enumerate(shards):
         single = len(shards) == 1
         name = "model.safetensors" if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for tensor, key, i in shard:
-            value = params[key.path][...]
-            host = _to_host(value[i] if key.stacked else value)
-            if jax.process_index() == 0:
-                tensors[tensor] = np.ascontiguousarray(host).reshape(key.tensor_shape)
-            weight_map[tensor] = name
-        if jax.process_index() == 0:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            partial = Path(out) / f"{name}.partial"
-            try:
-                save_file(tensors, partial, metadata={"format": "pt"})
-                os.chmod(partial, 0o644)  # safetensors writes for its owner alone
-                os.replace(partial, Path(out) / name)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+        _write_file(Path(out) / name, shard, params)
+        weight_map |= {tensor: name for tensor, _, _ in shard}
     if jax.process_index() == 0 and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(Path(out) / "model.safetensors.index.json", index)
 
 
-def _to_host(value: jax.Array) -> np.ndarray:
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    return multihost_utils.process_allgather(value, tiled=True)
+def _write_file(file: Path, tensors: list[tuple[str, Key, int]], params: dict) -> None:
+    """Write tensors to one file, which appears whole or not at all; no more than a block of them is ever held.
+
+    Args:
+        tensors: name, row of the table, and layer of each.
+    """
+    gathered = _gathered(tensors, params)
+    with told_to_all(file) as first:
+        if not first:
+            for _ in gathered:
+                pass
+            return
+        try:
+            with paths.writing(file) as stream:
+                kinds = {name: (params[key.path].dtype, key.tensor_shape) for name, key, _ in tensors}
+                begins = write_header(stream, kinds)
+                for name, blocks, row, block in gathered:
+                    rows = np.asarray(block).reshape(-1, *blocks.shape[blocks.axis + 1 :])
+                    for part, at in blocks.parts(row):
+                        stream.seek(begins[name] + at * rows[0].nbytes)
+                        stream.write(rows[part].reshape(-1).view(np.uint8))
+        except InputError:
+            for _ in gathered:  # where the other processes wait for this one
+                pass
+            raise
+
+
+def _gathered(tensors: list[tuple[str, Key, int]], params: dict) -> Iterator[tuple[str, Blocks, int, jax.Array]]:
+    """Name, cut, first row and content of every block, by all processes together."""
+    for name, key, layer in tensors:
+        value = params[key.path][...]
+        blocks = Blocks(key.shape, layout_of(value), key.stacked, value.dtype.itemsize)
+        for row in blocks.first_rows():
+            yield name, blocks, row, blocks.gather(value, layer, row)
 
 
 def model_config(raw: dict[str, Any], num_labels: int | None, **fields: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import Pair
 from adaptrm.data.scores import Scores
-from adaptrm.hf.load import load_weights, open_folder
+from adaptrm.hf import load_weights, open_folder
 from adaptrm.judge.prompts import ANSWERS, JudgePrompt, Questions
 from adaptrm.models.decoder import CausalLM
 from adaptrm.models.heads import answer_log_probabilities, at_leaves

@@ -3,7 +3,10 @@
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -211,3 +214,21 @@ def gathered(values: np.ndarray) -> np.ndarray:
         np.asarray(multihost_utils.process_allgather(mine)), key=lambda sent: int(sent[:4].view(np.uint32)[0])
     )
     return np.stack([sent[4:].copy().view(values.dtype).reshape(values.shape) for sent in theirs])
+
+
+@contextmanager
+def told_to_all(where: Any) -> Iterator[bool]:
+    """What the first process does alone, as it is told whether it is: where it fails, all fail, and none waits for it.
+
+    Raises:
+        InputError: in the other processes, where the first one fails.
+    """
+    wrong = None
+    try:
+        yield jax.process_index() == 0
+    except Exception as raised:
+        wrong = raised
+    if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.bool_(wrong is None)):
+        raise wrong or InputError(f"{where}: the first process cannot write this; mend what it says")
+    if wrong is not None:
+        raise wrong

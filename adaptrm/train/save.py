@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from safetensors import SafetensorError
 
 from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.errors import InputError
 from adaptrm.hf.export import model_config, save_weights, write_json
+from adaptrm.parallel.distributed import told_to_all
 
 MARK = "tags: [adaptrm,"  # in the card of every folder that is written here
 CARD = """---
@@ -51,13 +51,11 @@ def save_model(
     """
     flat = dict(nnx.to_flat_state(params))
     embedding, head = flat[("model", "embed_tokens", "weight")], flat.get(("score", "weight"))
-    if jax.process_index() == 0:
-        _clear(out)
+    with told_to_all(out) as first:
+        if first:
+            _clear(out)
     with paths.filling(out, last="config.json") as folder:
-        try:
-            save_weights(params, folder)
-        except (OSError, SafetensorError) as wrong:
-            raise InputError(f"{out}: {paths.WRITE[0]}: {wrong}; {paths.WRITE[1]}") from None
+        save_weights(params, folder)
         if jax.process_index() > 0:
             return
         dtype = str(embedding.dtype)

@@ -13,7 +13,8 @@ from adaptrm.config import TrainOptions, parse_options
 from adaptrm.data.chat import ChatTokenizer, choose_pad_token, pad_can_end
 from adaptrm.errors import InputError
 from adaptrm.hf.cache import local_copy
-from adaptrm.hf.load import Folder, abstract_model, load_weights, open_folder
+from adaptrm.hf.folder import Folder, open_folder
+from adaptrm.hf.load import abstract_model, load_weights
 from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
 from adaptrm.progress import say
 from adaptrm.train.checkpoint import METADATA, Checkpoints, find, stored_config
