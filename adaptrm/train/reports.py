@@ -65,9 +65,8 @@ class Reports:
         self._clock, self._compiled = now, True
         if self._log is not None and number % self._options.log_every_steps == 0:
             epoch = (number - 1) // self._throughput.plan.steps_per_epoch
-            numbers = {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }  # as JSON has it
+            # JSON has no other numbers.
+            numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
             told = self._throughput.of_step(number - 1, seconds)
             self._log.write({"step": number, "epoch": epoch, **numbers, **told})
         self._shown.advance(1, f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.3f}")
