@@ -120,6 +120,16 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, config=STRICT)
+class EvaluationOptions:
+    """Held-out examples, which the run is measured on before its first step, every few steps and after its last."""
+
+    pairs: str | None = None
+    labels: str | None = None  # as of the data; pairs without labels have their own preferences
+    every_steps: PositiveInt = 100
+    stop_after: PositiveInt | None = None  # so many evaluations in a row without a better accuracy
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainOptions:
     """One verb's section of a config."""
 
@@ -129,6 +139,7 @@ class TrainOptions:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     seed: NonNegativeInt = 0
@@ -170,6 +181,7 @@ def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, A
 TEXTS = (
     *("model.pretrained", "model.checkpoint", "model.scratch.tokenizer"),
     *("data.pairs", "data.labels", "data.rules", "data.template"),
+    *("evaluation.pairs", "evaluation.labels"),
 )
 
 

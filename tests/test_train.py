@@ -22,7 +22,7 @@ from adaptrm.models import SequenceClassifier
 from adaptrm.parallel import make_mesh
 from adaptrm.reward_model import RewardModel
 from adaptrm.train.examples import reward_examples
-from adaptrm.train.loop import device_batches
+from adaptrm.train.feed import device_batches
 from adaptrm.train.reports import TrainingFailed
 from adaptrm.train.run import train
 from adaptrm.train.step import loss_sums

@@ -111,7 +111,7 @@ def ours(folder: Path, chat, pairs: list, make_tree: Callable, options: argparse
     from adaptrm.hf import load_weights, open_folder
     from adaptrm.models import SequenceClassifier
     from adaptrm.parallel import make_mesh
-    from adaptrm.train.loop import device_batches
+    from adaptrm.train.feed import device_batches
     from adaptrm.train.optimizer import make_optimizer
     from adaptrm.train.state import init_state
     from adaptrm.train.step import make_step

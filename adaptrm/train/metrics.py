@@ -2,10 +2,24 @@
 
 import io
 import json
+import math
 import os
 from typing import Any
 
 from adaptrm import paths
+
+
+def read_metrics(path: str | os.PathLike, last: int) -> list[dict[str, Any]]:
+    """The lines up to a step."""
+    if not paths.exists(path):
+        return []
+    lines = []
+    for line in paths.read_bytes(path).decode().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # the line that a killed process was writing
+            break
+    return [line for line in lines if line["step"] <= last]
 
 
 class MetricsLog:
@@ -17,7 +31,7 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike, start: int):
         self._path = path
-        kept = "".join(json.dumps(line) + "\n" for line in self._lines() if line["step"] <= start).encode()
+        kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path, start)).encode()
         paths.write_bytes(path, kept)
         # Without a buffer: what a full disk refuses is told where it is written, and a kill loses no line.
         self._stream = open(path, "ab", buffering=0) if paths.is_local(path) else io.BytesIO(kept)  # noqa: SIM115
@@ -31,18 +45,9 @@ class MetricsLog:
             self.flush()
         self._stream.close()
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if not paths.exists(self._path):
-            return []
-        lines = []
-        for line in paths.read_bytes(self._path).decode().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:  # the line that a killed process was writing
-                break
-        return lines
-
     def write(self, line: dict[str, Any]) -> None:
+        """Numbers that JSON does not know (infinite, or none at all) become null."""
+        line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         with paths.told(self._path, *paths.WRITE):
             self._stream.write((json.dumps(line) + "\n").encode())
 

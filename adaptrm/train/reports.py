@@ -1,6 +1,5 @@
 """What each step has to say: read one step late, written to the metrics and shown."""
 
-import math
 import time
 from typing import Any
 
@@ -50,6 +49,14 @@ class Reports:
         if self._log is not None:
             self._log.flush()
 
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """What held-out examples say of the model after a step: a line of its own."""
+        if self._log is not None:
+            self._log.write({"step": step, **values})
+            self._log.flush()
+            told = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in values.items())
+            say(f"held out, after step {step}: {told}")
+
     def _read(self) -> None:
         if self._pending is None:
             return
@@ -65,10 +72,8 @@ class Reports:
         self._clock, self._compiled = now, True
         if self._log is not None and number % self._options.log_every_steps == 0:
             epoch = (number - 1) // self._throughput.plan.steps_per_epoch
-            # JSON has no other numbers.
-            numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
             told = self._throughput.of_step(number - 1, seconds)
-            self._log.write({"step": number, "epoch": epoch, **numbers, **told})
+            self._log.write({"step": number, "epoch": epoch, **values, **told})
         self._shown.advance(1, f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.3f}")
 
     def _skipped(self, number: int, values: dict[str, float]) -> None:

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from adaptrm import paths
-from adaptrm.config import TrainOptions, to_yaml
+from adaptrm.config import DataOptions, LossOptions, TrainOptions, to_yaml
+from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
 from adaptrm.judge.prompts import JudgePrompt
@@ -18,6 +19,7 @@ from adaptrm.parallel import make_mesh
 from adaptrm.progress import say
 from adaptrm.rules import RulePool
 from adaptrm.train.checkpoint import latest_step
+from adaptrm.train.evaluation import HeldOut, held_out_data, make_evaluation
 from adaptrm.train.examples import judge_examples, reward_examples
 from adaptrm.train.loop import run_steps
 from adaptrm.train.losses import check_loss
@@ -71,12 +73,17 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             if options.data.rules is None:
                 raise InputError("data.rules is missing: give the pool that the rule labels are of (--rules)")
             prompt = JudgePrompt(start.chat, RulePool.load(options.data.rules), options.data.template)
-            (store, left), answers = judge_examples(options.data, prompt), prompt.answers
+            answers = prompt.answers
+
+            def examples(data: DataOptions, _: LossOptions) -> tuple[TreeStore, dict[str, int]]:
+                return judge_examples(data, prompt)
         else:
-            (store, left), answers = (
-                reward_examples(options.data, start.chat, start.pad[1], options.loss, options.seed),
-                None,
-            )
+            answers = None
+
+            def examples(data: DataOptions, loss: LossOptions) -> tuple[TreeStore, dict[str, int]]:
+                return reward_examples(data, start.chat, start.pad[1], loss, options.seed)
+
+        store, left = examples(options.data, options.loss)
         doing("planning the rows")
         unit = "sets" if options.loss.kind != "bradley-terry" else UNITS[kind]
         plan = Plan(store.lengths, store.leaves, _plan_options(options, mesh), options.epochs)
@@ -86,19 +93,26 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
             *(kind, definition, options.optimizer, steps, answers),
             *(options.model.dtype, options.model.remat, options.loss),
         )
+        data, held_out = store.digest, None
+        if (held_data := held_out_data(options)) is not None:
+            plain = LossOptions(options.loss.kind)  # of plain choices, so that runs with other labels can be compared
+            held_store, _ = examples(held_data, plain)
+            program = make_evaluation(kind, definition, answers, options.model.dtype, plain)
+            held_out = HeldOut(program, held_store, _held_out_plan(held_store, options, mesh), mesh, options.evaluation)
+            data += f" {held_store.digest}"
         state = init_state(params, make_optimizer(options.optimizer), mesh)
         if first:  # only now: options that led to an error above hold no folder
             say(f"{len(store)} {unit}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
-            _check_examples(out, store.digest)
-            _claim(out, kind, options, store.digest)
+            _check_examples(out, data)
+            _claim(out, kind, options, data)
         devices, parameters = list(mesh.devices.flat), multiplied_parameters(state.params)
         throughput = Throughput(start.config, parameters, store, plan, devices, unit)
         config = to_yaml(kind, options)
-        state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config)
+        state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config, held_out)
         doing("exporting the model")
         save_model(paths.join(out, "export"), state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    made = {"run": str(out), "steps": steps, unit: len(store), **left}
+    made = {"run": str(out), "steps": int(state.step), unit: len(store), **left}
     return made | {"parameters": count, "padding": plan.padding}
 
 
@@ -116,8 +130,9 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
     model = replace(model, pretrained=placed(model.pretrained, os.path.isdir), checkpoint=named, scratch=scratch)
     mix = tuple(replace(m, pairs=placed(m.pairs, os.path.exists), labels=placed(m.labels)) for m in data.mix)
     data = replace(data, pairs=placed(data.pairs, os.path.exists), labels=placed(data.labels), rules=placed(data.rules))
-    data = replace(data, mix=mix)
-    return replace(options, model=model, data=data)
+    data, held = replace(data, mix=mix), options.evaluation
+    held = replace(held, pairs=placed(held.pairs, os.path.exists), labels=placed(held.labels))
+    return replace(options, model=model, data=data, evaluation=held)
 
 
 def _claim(out: str | os.PathLike, kind: Kind, options: TrainOptions, examples: str) -> None:
@@ -171,3 +186,9 @@ def _plan_options(options: TrainOptions, mesh: Mesh) -> PlanOptions:
         of = "data x fsdp" + " x optimizer.accumulate_steps" * (parts > 1)
         raise InputError(f"data.rows_per_step is {data.rows_per_step}; it must be a multiple of {of} = {ways}")
     return PlanOptions(data.row_length, data.rows_per_step, None, options.seed)
+
+
+def _held_out_plan(store: TreeStore, options: TrainOptions, mesh: Mesh) -> Plan:
+    """As many rows at once as a part of a step has."""
+    rows = _plan_options(options, mesh).rows_per_step // options.optimizer.accumulate_steps
+    return Plan(store.lengths, store.leaves, PlanOptions(options.data.row_length, rows, None, options.seed), 1)
