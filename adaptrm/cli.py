@@ -37,6 +37,11 @@ class Suite(StrEnum):
     rewardbench = "rewardbench"
 
 
+class StepKind(StrEnum):
+    train = "train"
+    score = "score"
+
+
 class Template(StrEnum):
     conversation_first = "conversation-first"
     rule_first = "rule-first"
@@ -166,6 +171,26 @@ def train(
     with watching(options.watchdog_seconds):
         result = run(what.value, options, out or f"runs/{Path(config).stem}")
     show(result, as_json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    ctx: typer.Context,
+    config: Annotated[str, typer.Argument(help="A config: a name or a YAML file.")],
+    target: Annotated[str, typer.Option(help="A TPU slice or GPUs: v5p:2x2x2, v5e:4x4, v6e:2x4, h100:8.")],
+    only: Annotated[StepKind | None, typer.Option(help="Of a judge, only the step that trains or scores.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a config's steps for devices that are not here: memory by part, and whether they fit.
+
+    Any option of the config as --section.key VALUE. Nothing is downloaded and nothing runs on a device of this machine.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it would take this machine's accelerators
+    from adaptrm.plan import for_people
+    from adaptrm.plan import plan as run
+
+    found = run(config, target, dotted(ctx.args), "" if only is None else only.value)
+    show(found if as_json else for_people(found), as_json)
 
 
 @app.command()

@@ -148,6 +148,15 @@ class TrainOptions:
     max_nonfinite_steps: NonNegativeInt = 0  # in all; such a step changes nothing, one more of them ends the run
 
 
+def sections_of(config: str | os.PathLike) -> list[str]:
+    """The verbs that a config has options for.
+
+    Raises:
+        InputError: no such config, or a section of it is unknown.
+    """
+    return list(_read(config)[1])
+
+
 def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, Any] | None = None) -> TrainOptions:
     """A verb's options: the config's section, with dotted overrides (``optimizer.learning_rate``) on top.
 
@@ -159,8 +168,6 @@ def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, A
         InputError: no such config, an unknown key (with the nearest known one), or a wrong type.
     """
     where, raw = _read(config)
-    if unknown := sorted(map(str, raw.keys() - set(VERBS))):
-        raise InputError(f"{where}: unknown section {unknown[0]!r}; known: {', '.join(VERBS)}")
     if verb not in raw:
         raise InputError(f"{where}: has no section {verb!r}; it has {', '.join(raw) or 'none'}")
     section = raw[verb] or {}
@@ -231,4 +238,6 @@ def _read(config: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     raw = read_yaml(text, where)
     if not isinstance(raw, dict) or not all(isinstance(v, dict | None) for v in raw.values()):
         raise InputError(f"{where}: a config has one section a verb ({', '.join(VERBS)})")
+    if unknown := sorted(map(str, raw.keys() - set(VERBS))):
+        raise InputError(f"{where}: unknown section {unknown[0]!r}; known: {', '.join(VERBS)}")
     return where, raw

@@ -102,7 +102,7 @@ class Judge:
     def read_leaves(self, trees: Sequence[PrefixTree]) -> dict[int, Float32[np.ndarray, "leaves 3"]]:
         """Answer log-probabilities at the leaves of each tree."""
         return read_leaves(
-            trees, self.mesh, partial(_answer_leaves, self._definition, self.prompt.answers, self.dtype, self._state)
+            trees, self.mesh, partial(answer_leaves, self._definition, self.prompt.answers, self.dtype, self._state)
         )
 
     def special_strings(self, pairs: Sequence[Pair]) -> int:
@@ -122,7 +122,8 @@ class Judge:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _answer_leaves(definition, answers, dtype, state, tokens, positions, subtree_end, leaves):
+def answer_leaves(definition, answers, dtype, state, tokens, positions, subtree_end, leaves):
+    """Answer log-probabilities ``[rows, leaves, 3]`` of packed rows: the step of scoring."""
     model = nnx.merge(definition, state)
     hidden = model.model(tokens, positions, subtree_end, jnp.dtype(dtype))
     return answer_log_probabilities(at_leaves(hidden, leaves), model.unembedding, answers)

@@ -86,7 +86,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         store, left = examples(options.data, options.loss)
         doing("planning the rows")
         unit = "sets" if options.loss.kind != "bradley-terry" else UNITS[kind]
-        plan = Plan(store.lengths, store.leaves, _plan_options(options, mesh), options.epochs)
+        plan = Plan(store.lengths, store.leaves, plan_options(options, mesh), options.epochs)
         steps = plan.steps_per_epoch * options.epochs
         steps = min(steps, options.max_steps or steps)
         step_fn = make_step(
@@ -171,7 +171,12 @@ def _mesh(options: TrainOptions) -> Mesh:
         raise InputError(f"{wrong}; change the mesh section of the config") from None
 
 
-def _plan_options(options: TrainOptions, mesh: Mesh) -> PlanOptions:
+def plan_options(options: TrainOptions, mesh: Mesh) -> PlanOptions:
+    """How rows and steps are laid out on a mesh.
+
+    Raises:
+        InputError: options exclude each other, or rows do not divide the mesh.
+    """
     data = options.data
     # Every part of a step is spread evenly over the devices.
     parts = options.optimizer.accumulate_steps
