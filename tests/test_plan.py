@@ -1,6 +1,7 @@
 """The packing plan and the pipeline behind it: what comes at which step, and that nothing else does."""
 
 import sys
+from threading import Event
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import deep, fan
 
-from adaptrm.data.pipeline import RowSource, TreeStore, batches
+from adaptrm.data.pipeline import RowSource, TreeStore, batches, one_ahead
 from adaptrm.data.plan import Plan, PlanOptions
 
 ROW = 60
@@ -228,3 +229,25 @@ def test_a_run_that_goes_on_sees_what_was_left(store, plan):
         assert len(rest) == stop - start
         for one, other in zip(rest, whole[start:], strict=True):
             assert_same(one, other)
+
+
+def test_one_item_is_made_ahead_and_no_more():
+    made = [Event() for _ in range(4)]
+
+    def items():
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    feed = one_ahead(items())
+    assert next(feed) == 0 and made[1].wait(60) and not made[2].is_set()
+    assert next(feed) == 1 and made[2].wait(60) and not made[3].is_set()
+    assert list(feed) == [2, 3]
+
+
+def test_what_making_an_item_raises_comes_in_its_place():
+    feed = one_ahead(1 / number for number in (2, 1, 0))
+    assert [next(feed), next(feed)] == [0.5, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(feed)
+    assert list(one_ahead(iter(()))) == []

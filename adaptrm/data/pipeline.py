@@ -3,6 +3,8 @@
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from adaptrm.data.plan import Plan
 from adaptrm.prefix_tree import PrefixTree, pack_rows
 
 Row = Mapping[str, np.ndarray]
+Item = TypeVar("Item")
 LEAF_VALUES = ("targets", "weights", "margins")
 
 
@@ -119,3 +122,12 @@ def batches(source: RowSource, rows: int) -> Iterator[Row]:
         return
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4 * rows)
     yield from grain.MapDataset.source(source).to_iter_dataset(options).batch(rows)
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; while one is used, a thread makes the next. What making one raises comes in its place."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = thread.submit(next, items, None)
+            yield item

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adaptrm.data.pipeline import RowSource, TreeStore, batches
+from adaptrm.data.pipeline import RowSource, TreeStore, batches, one_ahead
 from adaptrm.data.plan import Plan
 from adaptrm.parallel import sharding
 
@@ -24,5 +24,5 @@ def device_batches(store: TreeStore, plan: Plan, mesh: Mesh, start: int, stop: i
         pick = lambda index: local[[place_of[row] for row in range(*index[0].indices(count))], index[1]]  # noqa: E731
         return jax.make_array_from_callback(shape, sharding(mesh, shape, ("rows", "tokens")), pick)
 
-    for rows in batches(RowSource(store, plan, mine, start, stop), len(mine)):
-        yield {name: to_device(local) for name, local in rows.items()}
+    read = batches(RowSource(store, plan, mine, start, stop), len(mine))
+    return one_ahead({name: to_device(local) for name, local in rows.items()} for rows in read)
