@@ -195,5 +195,5 @@ def plan_options(options: TrainOptions, mesh: Mesh) -> PlanOptions:
 
 def _held_out_plan(store: TreeStore, options: TrainOptions, mesh: Mesh) -> Plan:
     """As many rows at once as a part of a step has."""
-    rows = _plan_options(options, mesh).rows_per_step // options.optimizer.accumulate_steps
+    rows = plan_options(options, mesh).rows_per_step // options.optimizer.accumulate_steps
     return Plan(store.lengths, store.leaves, PlanOptions(options.data.row_length, rows, None, options.seed), 1)
