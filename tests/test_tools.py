@@ -53,3 +53,17 @@ def test_a_judge_is_attacked(arguments):
     texts = found["texts"]
     assert texts["asks for Yes"]["quoted"] == texts["asks for Yes"]["unquoted"]
     assert texts["forges the question"]["quoted"] != texts["forges the question"]["unquoted"]
+
+
+@pytest.mark.slow
+def test_training_is_measured_beside_trl(arguments, tmp_path):
+    pytest.importorskip("trl")
+    rows = [row | {"preferred": "ab"[i % 2]} for i, row in enumerate(pair_rows(tiny_pairs(9)))]
+    pairs = write_rows(tmp_path / "pairs.jsonl", rows)
+    sizes = ("--layers", "1", "--batch", "4", "--batches", "2", "--row-length", "512")
+    found = run("bench_train.py", "--model", arguments[1], "--pairs", f"tiny={pairs}", *sizes)["sets"]["tiny"]
+    assert found["pairs"] == 8 and found["loss_gap"] < 1e-5
+    sides = found["sides"]
+    assert sides["shared"]["text_tokens"] < sides["unshared"]["text_tokens"] == sides["trl"]["text_tokens"]
+    assert sides["trl_grouped"]["computed_tokens"] <= sides["trl"]["computed_tokens"]
+    assert found["ratios"].keys() == {"shared_to_unshared", "shared_to_trl", "shared_to_trl_grouped"}

@@ -105,7 +105,7 @@ def ours(folder: Path, chat, pairs: list, make_tree: Callable, options: argparse
     """One epoch of adaptrm's step over packed rows."""
     import jax
 
-    from adaptrm.config import OptimizerOptions
+    from adaptrm.config import LossOptions, OptimizerOptions
     from adaptrm.data.pipeline import TreeStore
     from adaptrm.data.plan import Plan, PlanOptions
     from adaptrm.hf import load_weights, open_folder
@@ -119,15 +119,14 @@ def ours(folder: Path, chat, pairs: list, make_tree: Callable, options: argparse
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     store = TreeStore()
     for pair in pairs:
-        sign = 1.0 if pair.preferred == "a" else -1.0
-        store.append(make_tree(chat, pair), [sign] * 2, [1.0] * 2)
+        store.append(make_tree(chat, pair), [float(pair.preferred == side) for side in "ab"], 1.0)
     store.freeze()
     rows = max(1, round(options.batch * float(np.mean(store.lengths)) / options.row_length))
     plan = Plan(store.lengths, store.leaves, PlanOptions(options.row_length, rows, None, options.seed), 1)
     definition, params, _ = load_weights(open_folder(folder), SequenceClassifier, mesh, dtype="float32")
     optimizer = OptimizerOptions(learning_rate=0.0, schedule="constant", warmup_steps=0)
     steps = plan.steps_per_epoch
-    step = make_step("reward", definition, optimizer, steps, None, "float32", "none")
+    step = make_step("reward", definition, optimizer, steps, None, "float32", "none", LossOptions())
     state = init_state(params, make_optimizer(optimizer), mesh)
 
     def epoch(state):
@@ -151,7 +150,7 @@ def theirs(folder: Path, pairs: list, grouped: bool, options: argparse.Namespace
     import torch
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     def row(pair) -> dict:
@@ -198,12 +197,14 @@ def theirs(folder: Path, pairs: list, grouped: bool, options: argparse.Namespace
             disable_tqdm=True,
             disable_dropout=True,
         )
-        return Counting(
+        made = Counting(
             model=AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32),
             args=arguments,
             train_dataset=Dataset.from_list([row(pair) for pair in pairs]),
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
+        made.remove_callback(PrinterCallback)  # it prints on stdout
+        return made
 
     steps = len(pairs) // options.batch
     with tempfile.TemporaryDirectory() as out:

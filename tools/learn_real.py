@@ -116,7 +116,7 @@ def theirs(model: Path, pairs: list, out: Path, options: argparse.Namespace) -> 
     import torch
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
 
     def row(pair) -> dict:
         responses = (pair.response_a, pair.response_b)
@@ -154,6 +154,7 @@ def theirs(model: Path, pairs: list, out: Path, options: argparse.Namespace) -> 
         train_dataset=Dataset.from_list([row(pair) for pair in pairs]),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
+    trainer.remove_callback(PrinterCallback)  # it prints on stdout
     trainer.train()
     trainer.save_model(str(out / "model"))
 
