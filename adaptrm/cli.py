@@ -223,7 +223,7 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder of train.")],
+    run: Annotated[str, typer.Argument(help="Run folder of train, or one checkpoint of it: RUN/checkpoints/STEP.")],
     out: Annotated[str, typer.Argument(help="Hugging Face folder to write.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read it back and compare what it computes.")] = False,
     as_json: Json = False,

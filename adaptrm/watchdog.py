@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 from adaptrm.errors import RESTART, printable
 
-COMPILING = 1800.0  # seconds that a phase in which XLA compiles may always take
+# Seconds that a phase may always take in which XLA compiles, or a model comes from a network.
+COMPILING = 1800.0
+LOADING = 4 * 3600.0
 _phase: tuple[str, float] = ("starting", 0.0)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, which are whole, what is in them, and what a run may start from."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,14 @@ def test_what_is_not_whole_is_never_picked_up(tmp_path, torn, capsys):
     assert latest_step(folder) == 4
 
 
+def test_a_deletion_that_was_cut_off_is_finished(tmp_path):
+    options = CheckpointOptions(keep=2)
+    save(tmp_path, options, {1: None, 2: None})
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()
+    save(tmp_path, options, {3: None})
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
 def test_a_broken_checkpoint_is_one_line(tmp_path):
     save(tmp_path, CheckpointOptions(), {1: None, 2: None})
     for file in (tmp_path / "2" / "params").rglob("*"):
@@ -130,6 +139,26 @@ def test_a_broken_checkpoint_is_one_line(tmp_path):
     message = rf"^{tmp_path}/2: broken, or of another model: .*; without it the one before is used"
     with pytest.raises(InputError, match=message), Checkpoints(tmp_path) as reader:
         reader.restore_params(state(0).params)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    """No file may have more than 100 bytes: what a full disk looks like to who writes."""
+    folder, options = tmp_path / "checkpoints", CheckpointOptions(keep=1)
+    save(folder, options, {1: None})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = rf"^{folder}: a checkpoint cannot be written: File too large; free space or change --out$"
+    with pytest.raises(InputError, match=message), Checkpoints(folder, options) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            checkpoints.save(2, state(2))
+            checkpoints.save(3, state(3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with Checkpoints(folder, options) as checkpoints:
+        assert checkpoints.step == 1
+        assert int(checkpoints.restore(state(0)).step) == 1
+        checkpoints.save(2, state(2))
+    assert kept(folder) == [2]
 
 
 # --- what a run may start from ------------------------------------------------------------------------------------

@@ -130,15 +130,22 @@ class Checkpoints:
         self._ends.callback(self._wait)
 
     def _put_aside(self) -> None:
-        """Rename what passes for a checkpoint and is not whole: it would be in the way when its step comes."""
+        """Rename what passes for a checkpoint and is not whole: it would be in the way when its step comes.
+
+        One older than the newest whole one was being deleted when the process was killed.
+        """
         if jax.process_index() == 0:
-            for torn in (self._here / str(step) for step in _steps(self.folder)):
-                if not _is_whole(torn):
-                    aside = torn.with_name(torn.name + TORN)
-                    say(f"{self.folder}/{torn.name}: is no whole checkpoint; not used, now {aside.name}")
-                    with self._told():
-                        shutil.rmtree(aside, ignore_errors=True)
-                        torn.rename(aside)
+            for step in _steps(self.folder):
+                torn, aside = self._here / str(step), self._here / f"{step}{TORN}"
+                if _is_whole(torn):
+                    continue
+                with self._told():
+                    if self.step is not None and step < self.step:
+                        shutil.rmtree(torn)
+                        continue
+                    say(f"{self.folder}/{step}: is no whole checkpoint; not used, now {aside.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    torn.rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("torn checkpoints are put aside")
 

@@ -30,7 +30,7 @@ from adaptrm.train.start import follow_checkpoint, read_run, start_of
 from adaptrm.train.state import init_state
 from adaptrm.train.step import Kind, make_step
 from adaptrm.train.throughput import Throughput, multiplied_parameters
-from adaptrm.watchdog import doing
+from adaptrm.watchdog import LOADING, doing
 from adaptrm.yaml_text import read_yaml
 
 EXAMPLES = "examples.sha256"
@@ -64,7 +64,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
     with stops_at_once(), hold(out) if first else nullcontext():
         if first:
             _check_claim(out, kind, options)
-        doing("reading the model")
+        doing("reading the model", at_least=LOADING)
         mesh = _mesh(options)
         start = start_of(kind, options)
         resumed = latest_step(paths.join(out, "checkpoints")) is not None
