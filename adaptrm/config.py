@@ -21,7 +21,7 @@ Positive = Annotated[FiniteFloat, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 RowLength = Annotated[int, Field(gt=0, le=2**20)]
 Rows = Annotated[int, Field(gt=0, le=2**16)]
-VERBS = ("judge", "reward")
+VERBS = ("judge", "reward", "adapter")
 
 
 @dataclass(frozen=True, config=STRICT)

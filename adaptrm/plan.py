@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -24,14 +25,15 @@ from adaptrm.data.plan import Plan
 from adaptrm.errors import InputError
 from adaptrm.hf.load import abstract_model
 from adaptrm.judge.language_model import answer_leaves
-from adaptrm.models import CausalLM, ModelConfig
+from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
 from adaptrm.models.config import read_json
 from adaptrm.models.known import KNOWN
 from adaptrm.parallel import make_mesh, sharding
 from adaptrm.prefix_tree import Node, PrefixTree
+from adaptrm.rules import RulePool
 from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.run import plan_options
-from adaptrm.train.start import MODEL_TYPES, start_of
+from adaptrm.train.start import start_of
 from adaptrm.train.state import init_state, param_shardings
 from adaptrm.train.step import make_step
 from adaptrm.train.throughput import multiplied_parameters, training_flops
@@ -198,13 +200,17 @@ def shapes_of(where: str, model: ModelOptions) -> ModelConfig:
 
 def train_step(verb: str, options: TrainOptions, config: ModelConfig, mesh: Mesh) -> Step:
     """The step of ``adaptrm train``; of a batch that is so many examples, each fills a row, so none takes more."""
-    definition, abstract = abstract_model(MODEL_TYPES[verb], config)
+    labels = len(RulePool.load(options.data.rules)) if verb == "adapter" else 1
+    model_type = CausalLM if verb == "judge" else SequenceClassifier
+    definition, abstract = abstract_model(model_type, config, labels)
     params = _placed(definition, abstract, mesh)
     state = init_state(params, make_optimizer(options.optimizer), mesh)
     layout = plan_options(options, mesh)
     store = _rows(verb, layout.row_length, layout.examples_per_step or layout.rows_per_step)
     packing = Plan(store.lengths, store.leaves, layout, epochs=1)
     row = RowSource(store, packing, [0], 0, 1)[0]
+    if verb == "adapter":  # a target for each rule, where a store has one a leaf
+        row["targets"] = np.zeros((len(row["targets"]), labels), np.float32)
     count = packing.rows_per_step
     batch = {name: _spread(mesh, (count, *x.shape), x.dtype) for name, x in row.items()}
     step = make_step(
@@ -238,11 +244,16 @@ def _placed(definition: nnx.GraphDef, abstract: nnx.State, mesh: Mesh) -> nnx.St
 
 
 def _rows(verb: str, row_length: int, count: int) -> TreeStore:
-    """Trees that fill a row each: half of it a prompt with two responses, or a quarter of it a reply with rules."""
-    if verb == "judge":
-        shared, branches = row_length // 4, max(row_length * 3 // 4 // QUESTION, 1)
-    else:
-        shared, branches = row_length // 2, 2
+    """Trees that fill a row each.
+
+    Of a reward half of it is a prompt with two responses, of a judge a quarter is a reply with rules; an adapter reads
+    prompt and responses one after the other, without branches.
+    """
+    shared, branches = {
+        "reward": (row_length // 2, 2),
+        "judge": (row_length // 4, max(row_length * 3 // 4 // QUESTION, 1)),
+        "adapter": (0, 1),
+    }[verb]
     # The first branch takes what a division leaves.
     each = max((row_length - shared) // branches, 1)
     first = row_length - shared - each * (branches - 1)

@@ -113,6 +113,15 @@ def test_a_step_of_so_many_pairs_is_planned_with_a_row_each(folder):
     assert step.parts["batch"]["leaves"].shape == (8, 2)
 
 
+def test_an_adapter_has_a_label_for_each_rule_of_its_pool(folder):
+    given = options("judge", folder, **{"data.rules": "safety-24"})
+    step = train_step("adapter", given, tiny_config(), make_mesh())
+    assert step.parts["parameters"]["score"]["weight"].shape == (24, 32)
+    assert step.parts["batch"]["targets"].shape == (8, 1, 24)
+    with jax.set_mesh(step.mesh):
+        step.jitted.lower(*step.arguments)
+
+
 def test_what_does_not_fit_is_told(folder):
     step = score_step(128, tiny_config(), make_mesh())
     assert not measure(step, replace(CHIPS["v5e"], memory=1000))["fits"]

@@ -80,7 +80,7 @@ def test_every_text_option_is_kept_from_yaml():
         ("reward: {max_step: 5}", "reward.max_step: unknown key; did you mean 'max_steps'?"),
         ("reward: {model: {scratch: {tokenizer: a, heads: 2}}}", "reward.model.scratch.heads: unknown key;"),
         ("reward: {zzzz: 1}", "reward.zzzz: unknown key; known: model, data, loss"),
-        ("rewrad: {}", "unknown section 'rewrad'; known: judge, reward"),
+        ("rewrad: {}", "unknown section 'rewrad'; known: judge, reward, adapter"),
         ("judge: {}", "has no section 'reward'; it has judge"),
         ("reward: {seed: many}", "reward.seed: Input should be a valid integer"),
         ("reward: {seed: 1.5}", "reward.seed: Input should be a valid integer"),

@@ -12,11 +12,11 @@ from adaptrm.config import LossOptions, OptimizerOptions
 from adaptrm.models.decoder import Remat
 from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
 from adaptrm.parallel import constrain
-from adaptrm.train.losses import answer_cross_entropy, reward_loss
+from adaptrm.train.losses import answer_cross_entropy, label_cross_entropy, reward_loss
 from adaptrm.train.optimizer import learning_rate, make_optimizer
 from adaptrm.train.state import TrainState, pinned
 
-Kind = Literal["reward", "judge"]
+Kind = Literal["reward", "judge", "adapter"]
 Answers = tuple[tuple[int, ...], ...]
 
 
@@ -37,7 +37,10 @@ def loss_sums(
     if kind == "judge":
         read = answer_log_probabilities(hidden, model.unembedding, answers)
         return answer_cross_entropy(read, batch["targets"], batch["weights"])
-    return reward_loss(label_logits(hidden, model.score.weight[...])[..., 0], batch, loss)
+    read = label_logits(hidden, model.score.weight[...])
+    if kind == "adapter":
+        return label_cross_entropy(read, batch["targets"], batch["weights"])
+    return reward_loss(read[..., 0], batch, loss)
 
 
 @lru_cache(maxsize=8)
@@ -71,7 +74,7 @@ def make_step(
 
     def accumulated(params, batch):
         def add(total, part):
-            part = {name: constrain(x, "rows", "tokens") for name, x in part.items()}
+            part = {name: constrain(x, "rows", *["tokens"] * (x.ndim - 1)) for name, x in part.items()}
             return jax.tree.map(jnp.add, total, sums_and_gradient(params, part)), None
 
         # Part i takes rows i, i + parts, ...: of the rows that each device holds an equal share.
