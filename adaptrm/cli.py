@@ -111,6 +111,9 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score both responses of every pair against every rule."""
+    from adaptrm.parallel.distributed import start_processes
+
+    start_processes()
     from adaptrm.judge.score import ScoreJob
     from adaptrm.judge.score import dry_run as predict
     from adaptrm.judge.score import score as run
@@ -205,6 +208,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a reward model's accuracy."""
+    from adaptrm.parallel.distributed import start_processes
+
+    start_processes()
     from adaptrm.data.rows import BadRows
     from adaptrm.data.truncation import Truncation, usable
     from adaptrm.evaluate import SUITES, evaluate_pairs
@@ -229,6 +235,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's latest checkpoint as a Hugging Face folder."""
+    from adaptrm.parallel.distributed import start_processes
+
+    start_processes()
     from adaptrm.export import export_run
 
     verified = export_run(run, out, verify)

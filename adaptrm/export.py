@@ -16,6 +16,7 @@ from adaptrm.hf import load_weights, open_folder
 from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.heads import at_leaves, label_logits
 from adaptrm.parallel import make_mesh, read_leaves
+from adaptrm.parallel.distributed import wait_for_all
 from adaptrm.train.save import save_model
 from adaptrm.train.start import open_run
 
@@ -36,6 +37,8 @@ TOLERANCE = 1e-4
 def export_run(run: str | os.PathLike, out: str | os.PathLike, check: bool = False) -> dict[str, float]:
     """Write the latest checkpoint of a run as a Hugging Face folder; with ``check`` read it back and compare.
 
+    Several processes share the model; they need to see one folder, and process 0 writes it.
+
     Returns:
         Largest difference from what the checkpoint computes for some conversations (rewards of a reward model,
         next-token log-probabilities of a judge), by reader: ``adaptrm``, and ``transformers`` where torch is installed.
@@ -50,6 +53,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, check: bool = Fal
     save_model(out, params, start.raw, start.chat, start.pad, start.name)
     if not check:
         return {}
+    wait_for_all()  # process 0 writes
     pad_id = start.pad[1] if start.kind == "reward" else None
     return verify(out, probe(definition, params, start.chat, pad_id, mesh))
 
@@ -63,7 +67,7 @@ def verify(out: str | os.PathLike, expected: np.ndarray) -> dict[str, float]:
     pad_id = folder.pad_token_id if folder.is_classifier else None
     chat = ChatTokenizer.from_folder(folder.path)
     found = {"adaptrm": _difference(expected, probe(definition, params, chat, pad_id, mesh))}
-    if importlib.util.find_spec("torch") is not None:
+    if importlib.util.find_spec("torch") is not None and jax.process_index() == 0:  # which holds all of it
         found["transformers"] = _difference(expected, _transformers(folder.path, folder.is_classifier))
     for reader, difference in found.items():
         if not difference <= TOLERANCE:

@@ -66,15 +66,20 @@ def write_manifest(folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
     """
     file = paths.join(folder, "manifest.json")
     if paths.exists(file):
-        stored = read_manifest(folder)
-        # Where pairs and model lay is for the reader; what they held is compared by its hash.
-        for name in sorted((stored.keys() | manifest.keys()) - {"pairs", "model"}):
-            if stored.get(name) != manifest.get(name):
-                raise InputError(f"{folder}: holds scores with another {name}; give another --out or delete the folder")
+        check_manifest(folder, manifest)
         return
     if any(name.startswith("part-") for name in paths.names(folder)):
         raise InputError(f"{folder}: holds parts without a manifest.json; give another --out or delete the folder")
     paths.write_bytes(file, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+
+
+def check_manifest(folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
+    """Raise where the folder was made under another manifest, and name the first field that differs."""
+    stored = read_manifest(folder)
+    # Where pairs and model lay is for the reader; what they held is compared by its hash.
+    for name in sorted((stored.keys() | manifest.keys()) - {"pairs", "model"}):
+        if stored.get(name) != manifest.get(name):
+            raise InputError(f"{folder}: holds scores with another {name}; give another --out or delete the folder")
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import islice
 from typing import Any
 
+import jax
 import numpy as np
 
 from adaptrm import paths
 from adaptrm.data.preferences import Pair
 from adaptrm.errors import InputError
+from adaptrm.parallel.distributed import gathered
 
 Scorer = Callable[[list[Pair]], np.ndarray]
 Sections = Callable[[Mapping[str, "Count"]], dict[str, Any]]
@@ -47,7 +50,8 @@ def evaluate_pairs(
     """Score pairs that people labelled and write ``FILE.json`` and ``FILE.rows.parquet``.
 
     The chosen response must score strictly higher: a tie counts as wrong. Pairs without ``preferred`` are skipped.
-    Pairs are streamed; what stays in memory is a count a subset.
+    Pairs are streamed; what stays in memory is a count a subset. Several processes share the pairs out among them,
+    all get the result, process 0 writes it.
 
     Args:
         scorer: pairs to rewards ``[pairs, 2]`` of responses A and B.
@@ -66,24 +70,36 @@ def evaluate_pairs(
         raise InputError(f"{out}: results are JSON; give --out FILE.json")
     of_subsets: dict[str, Count] = {}
     skipped = 0
+
+    def labelled() -> Iterator[Pair]:
+        nonlocal skipped
+        for pair in pairs:
+            if pair.preferred is None:
+                skipped += 1
+            else:
+                yield pair
+
     schema = pa.schema([("id", pa.string()), ("subset", pa.string()), ("scores", pa.list_(pa.float32(), 2))])
-    stream = iter(pairs)
+    stream = labelled()
     rows_file = str(out).removesuffix(".json") + ".rows.parquet"
     paths.check_apart(rows_file, data)
-    with paths.writing(rows_file) as sink, pq.ParquetWriter(sink, schema) as writer:
-        while some := list(islice(stream, PAIRS_AT_ONCE)):
-            known = [pair for pair in some if pair.preferred is not None]
-            skipped += len(some) - len(known)
-            if not known:
-                continue
-            rewards = np.asarray(scorer(known), np.float32)
+    number, processes = jax.process_index(), jax.process_count()
+    with paths.writing(rows_file) if number == 0 else BytesIO() as sink, pq.ParquetWriter(sink, schema) as writer:
+        while known := list(islice(stream, PAIRS_AT_ONCE * processes)):
+            # Each process takes as many together as one alone would, so that how they are packed is the same.
+            mine = known[number * PAIRS_AT_ONCE : (number + 1) * PAIRS_AT_ONCE]
+            rewards = np.zeros((PAIRS_AT_ONCE, 2), np.float32)
+            if mine:
+                rewards[: len(mine)] = scorer(mine)
+            rewards = gathered(rewards).reshape(-1, 2)[: len(known)]
             if not (finite := np.isfinite(rewards).all(axis=1)).all():
                 name = known[int(np.argmin(finite))].id
                 raise InputError(f"{model}: the reward of pair {name!r} is not finite in {dtype}; check its weights")
             scores = np.stack([r if p.preferred == "a" else r[::-1] for r, p in zip(rewards, known, strict=True)])
             subsets = [pair.subset or "all" for pair in known]
             flat = pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), 2)
-            writer.write_table(pa.table([pa.array([p.id for p in known]), pa.array(subsets), flat], schema=schema))
+            table = pa.table([pa.array([p.id for p in known]), pa.array(subsets), flat], schema=schema)
+            writer.write_table(table, row_group_size=PAIRS_AT_ONCE)
             for subset, (chosen, rejected) in zip(subsets, scores, strict=True):
                 count = of_subsets.setdefault(subset, Count())
                 count.n += 1
@@ -110,7 +126,8 @@ def evaluate_pairs(
             for name, count in sorted(of_subsets.items())
         },
     }
-    paths.write_bytes(out, (json.dumps(result, indent=2) + "\n").encode())
+    if number == 0:
+        paths.write_bytes(out, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 

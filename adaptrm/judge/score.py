@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,13 +14,14 @@ import adaptrm
 from adaptrm import paths
 from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.data.rows import BadRows, OnBadRow, source_hash
-from adaptrm.data.scores import Scores, part_name, read_part, write_manifest, write_part
+from adaptrm.data.scores import Scores, check_manifest, part_name, read_part, write_manifest, write_part
 from adaptrm.data.truncation import Truncation, usable
 from adaptrm.errors import InputError
 from adaptrm.judge.language_model import Judge
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.judge.table import PREFIX, Table
 from adaptrm.lock import hold
+from adaptrm.parallel.distributed import gathered, told_to_all
 from adaptrm.prefix_tree import choose_row_length
 from adaptrm.progress import progress
 from adaptrm.rules import RulePool
@@ -77,6 +79,8 @@ class ScoreJob:
 def score(job: ScoreJob) -> dict[str, Any]:
     """Score all pairs; what an earlier run finished stays.
 
+    Several processes take the parts in turn, each on its own devices, into a folder that all of them see.
+
     Returns:
         Pairs, bad rows that were skipped, pairs that were truncated, rules, mean label mass, share of rows with
         little of it, special-token strings kept as text.
@@ -84,7 +88,8 @@ def score(job: ScoreJob) -> dict[str, Any]:
     Raises:
         InputError: an input cannot be used, or the folder holds scores of something else.
     """
-    with hold(job.out):
+    number, processes = jax.process_index(), jax.process_count()
+    with hold(job.out) if number == 0 else nullcontext():
         pool = RulePool.load(job.rules)
         bad = BadRows(job.on_bad_row, listed=job.truncate_to is None)
         count = sum(1 for _ in read_pairs(job.pairs, bad))  # every row is checked before the judge is loaded
@@ -95,26 +100,25 @@ def score(job: ScoreJob) -> dict[str, Any]:
             bad = BadRows(job.on_bad_row)
             count = sum(map(len, job.parts(bad, job.truncation(source))))
         parts = -(-count // job.part_size)
-        write_manifest(job.out, _manifest(job, source, pool, count, parts))
+        manifest = _manifest(job, source, pool, count, parts)
+        with told_to_all(job.out) as first:
+            if first:
+                write_manifest(job.out, manifest)
+        if not first:
+            check_manifest(job.out, manifest)
         done = set(paths.names(job.out))
         cut = job.truncation(source)
-        masses, low, special = [], 0, 0
+        told = np.zeros((parts, 4))  # of each part: mean label mass, pairs, entries of low mass, special strings
         with progress("score", "pairs", count) as shown:
-            for number, pairs in enumerate(job.parts(BadRows(job.on_bad_row, listed=False), cut)):
-                if part_name(number) in done:
-                    scores = read_part(paths.join(job.out, part_name(number)), list(pool.ids))
-                    if scores.ids != [pair.id for pair in pairs]:
-                        raise InputError(f"{job.out}: {part_name(number)} holds other pairs; delete it and go on")
-                else:
-                    scores = source.score(pairs)
-                    _check_finite(scores, job)
-                    write_part(job.out, number, scores)
-                mass = np.stack([scores.label_mass_a, scores.label_mass_b])
-                masses.append((float(mass.mean()), len(pairs)))
-                low += int((mass < LOW_MASS).sum())
-                if isinstance(source, Judge):
-                    special += source.special_strings(pairs)
+            for part, pairs in enumerate(job.parts(BadRows(job.on_bad_row, listed=False), cut)):
+                if part % processes == number:
+                    scores = _score_part(job, source, pool, part, pairs, done)
+                    mass = np.stack([scores.label_mass_a, scores.label_mass_b])
+                    special = source.special_strings(pairs) if isinstance(source, Judge) else 0
+                    told[part] = float(mass.mean()), len(pairs), (mass < LOW_MASS).sum(), special
                 shown.advance(len(pairs))
+        told = gathered(told).sum(axis=0)
+    masses, of_pairs, low, special = told.T.tolist()
     return {
         "scores": str(job.out),
         "pairs": count,
@@ -122,10 +126,25 @@ def score(job: ScoreJob) -> dict[str, Any]:
         "truncated": cut.count,
         "rules": len(pool),
         "parts": parts,
-        "label_mass": sum(m * n for m, n in masses) / count,
-        "low_mass_share": low / (2 * count * len(pool)),
-        "special_tokens_kept_as_text": special,
+        "label_mass": sum(m * n for m, n in zip(masses, of_pairs, strict=True)) / count,
+        "low_mass_share": sum(low) / (2 * count * len(pool)),
+        "special_tokens_kept_as_text": int(sum(special)),
     }
+
+
+def _score_part(
+    job: ScoreJob, source: Judge | Table, pool: RulePool, part: int, pairs: list[Pair], done: set[str]
+) -> Scores:
+    """The scores of a part: read where an earlier run finished it, else made and written."""
+    if part_name(part) in done:
+        scores = read_part(paths.join(job.out, part_name(part)), list(pool.ids))
+        if scores.ids != [pair.id for pair in pairs]:
+            raise InputError(f"{job.out}: {part_name(part)} holds other pairs; delete it and go on")
+        return scores
+    scores = source.score(pairs)
+    _check_finite(scores, job)
+    write_part(job.out, part, scores)
+    return scores
 
 
 def question_length(prompt: JudgePrompt) -> Callable[[Pair], int]:
@@ -188,7 +207,7 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
         "padding": 1 - tokens / computed,
         "rows": {f"{length} tokens": rows for length, rows in sorted(shapes.items())},
         "tokens_per_second": rate,
-        "predicted_seconds": computed / rate,
+        "predicted_seconds": computed / rate / jax.process_count(),
     }
 
 

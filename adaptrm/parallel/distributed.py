@@ -1,5 +1,6 @@
 """Several processes as one program: who they are, how they find each other, what they tell each other."""
 
+import itertools
 import os
 import sys
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import clusters  # jax has no public way to ask who is there without joining them
+from jax._src import clusters, distributed  # jax has no public way to ask who is there, and to tell them something
 from jax.experimental import multihost_utils
 
 from adaptrm import progress
@@ -18,6 +19,8 @@ from adaptrm.errors import RESTART, InputError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS = "ADAPTRM_JOIN_SECONDS"
+FOREVER = 30 * 24 * 3600 * 1000  # milliseconds; that a process has died is found out by jax, which ends the others
+_gatherings = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,14 @@ class Processes:
 def start_processes() -> None:
     """Join the other processes where there are any, else stay alone; from then on only process 0 talks.
 
-    Processes that do not all come within ``ADAPTRM_JOIN_SECONDS`` (300) end with one line and exit code 75.
+    Processes that do not all come within ``ADAPTRM_JOIN_SECONDS`` (300) end with one line and exit code 75. Those that
+    have joined before stay together.
 
     Raises:
         InputError: what the environment says of the other processes is not whole.
     """
+    if jax.distributed.is_initialized():
+        return
     seconds = _number(JOIN_SECONDS, os.environ.get(JOIN_SECONDS, "300"))
     found = find_processes(seconds)
     if found is None:
@@ -100,7 +106,7 @@ def start_processes() -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=seconds + 60,
     )
-    jax.device_count()  # each process hears of the others' devices
+    multihost_utils.sync_global_devices("start")  # connects the devices while nobody is late
     timer.cancel()
     if found.number > 0:
         progress.silence()
@@ -203,17 +209,24 @@ def _give_up(found: Processes, seconds: int) -> None:
 
 
 def gathered(values: np.ndarray) -> np.ndarray:
-    """``[processes, ...]``: the arrays of all processes, alike in shape, bit for bit in any dtype."""
+    """``[processes, ...]``: the arrays of all processes, alike in shape, bit for bit in any dtype.
+
+    By the processes' own service, not by their devices: collectives of a CPU give up on a process that is 30 s late.
+    """
     if jax.process_count() == 1:
         return values[None]
-    mine = np.concatenate(
-        [np.array([jax.process_index()], np.uint32).view(np.uint8), values.reshape(-1).view(np.uint8)]
+    client, count = distributed.global_state.client, next(_gatherings)
+    client.key_value_set_bytes(f"adaptrm/{count}/{jax.process_index()}", values.tobytes())
+    sent = (
+        client.blocking_key_value_get_bytes(f"adaptrm/{count}/{number}", FOREVER)
+        for number in range(jax.process_count())
     )
-    # Devices need not be in the order of their processes.
-    theirs = sorted(
-        np.asarray(multihost_utils.process_allgather(mine)), key=lambda sent: int(sent[:4].view(np.uint32)[0])
-    )
-    return np.stack([sent[4:].copy().view(values.dtype).reshape(values.shape) for sent in theirs])
+    return np.stack([np.frombuffer(of_one, values.dtype).reshape(values.shape) for of_one in sent])
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    gathered(np.zeros(1, np.uint8))
 
 
 @contextmanager
@@ -228,7 +241,14 @@ def told_to_all(where: Any) -> Iterator[bool]:
         yield jax.process_index() == 0
     except Exception as raised:
         wrong = raised
-    if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.bool_(wrong is None)):
+    if not gathered(np.array([wrong is None]))[0, 0]:
         raise wrong or InputError(f"{where}: the first process cannot write this; mend what it says")
     if wrong is not None:
         raise wrong
+
+
+def to_host(value: jax.Array) -> np.ndarray:
+    """The whole of an array, wherever its parts lie; every process has to ask for it."""
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))

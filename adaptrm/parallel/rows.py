@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from adaptrm.parallel.distributed import to_host
 from adaptrm.parallel.sharding import place, sharding
 from adaptrm.prefix_tree import PrefixTree, choose_row_length, pack_rows
 
@@ -33,5 +34,5 @@ def read_leaves(trees: Sequence[PrefixTree], mesh: Mesh, program: Callable[..., 
             arrays = (packed.tokens, packed.positions, packed.subtree_end, packed.leaves)
             batch = [x[start : start + at_once] for x in arrays]
             placed = (place(x, sharding(mesh, x.shape, ("rows", "tokens"))) for x in batch)
-            out.append(np.asarray(program(*placed)))
+            out.append(to_host(program(*placed)))
     return packed.to_owners(np.concatenate(out))
