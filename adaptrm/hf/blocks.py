@@ -26,12 +26,14 @@ class Blocks:
         layout: of the parameter on the mesh; layers are not split.
         stacked: whether the first dimension is layers.
         itemsize: bytes of an element on the host.
+        most: bytes of a block, unless one row of each shard is more.
     """
 
     shape: tuple[int, ...]
     layout: NamedSharding
     stacked: bool
     itemsize: int
+    most: int
 
     @cached_property
     def axis(self) -> int:
@@ -47,7 +49,7 @@ class Blocks:
         """Of each shard, in a block."""
         held = self.shard[self.axis]
         tensor = math.prod(self.shape[self.axis :]) * self.itemsize
-        return min(max(BLOCK_BYTES * held // tensor, 1), held)
+        return min(max(self.most * held // tensor, 1), held)
 
     @cached_property
     def shape_of_one(self) -> tuple[int, ...]:
@@ -95,11 +97,8 @@ class Blocks:
             return parts[first][(None,) * axis + (slice(None), *columns)]
 
         block = jax.make_array_from_callback(self.shape_of_one, self.layout, pick)
-        if block.shape == self.shape:
-            stack = block.astype(dtype)
-        else:
-            stack = _zeros(self.layout, self.shape, dtype)() if stack is None else stack
-            stack = _writer(self.layout)(stack, block, self._first(layer, row))
+        stack = _zeros(self.layout, self.shape, dtype)() if stack is None else stack
+        stack = _writer(self.layout)(stack, block, self._first(layer, row))
         return jax.block_until_ready(stack)  # else blocks that wait to be written fill the host
 
     def gather(self, stack: jax.Array, layer: int, row: int) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from adaptrm import paths
 from adaptrm.errors import InputError
-from adaptrm.hf.blocks import Blocks, layout_of
+from adaptrm.hf.blocks import BLOCK_BYTES, Blocks, layout_of
 from adaptrm.hf.keys import Key, key_table
 from adaptrm.hf.weight_file import write_header
 from adaptrm.models.config import FAMILIES, rope_parameters
@@ -75,6 +75,7 @@ def _write_file(file: Path, tensors: list[tuple[str, Key, int]], params: dict) -
                     for part, at in blocks.parts(row):
                         stream.seek(begins[name] + at * rows[0].nbytes)
                         stream.write(rows[part].reshape(-1).view(np.uint8))
+                    del block, rows  # before the next one is gathered
         except InputError:
             for _ in gathered:  # where the other processes wait for this one
                 pass
@@ -85,7 +86,7 @@ def _gathered(tensors: list[tuple[str, Key, int]], params: dict) -> Iterator[tup
     """Name, cut, first row and content of every block, by all processes together."""
     for name, key, layer in tensors:
         value = params[key.path][...]
-        blocks = Blocks(key.shape, layout_of(value), key.stacked, value.dtype.itemsize)
+        blocks = Blocks(key.shape, layout_of(value), key.stacked, value.dtype.itemsize, BLOCK_BYTES)
         for row in blocks.first_rows():
             yield name, blocks, row, blocks.gather(value, layer, row)
 

@@ -1,5 +1,9 @@
 """Weights from Hugging Face safetensors, block by block, onto the mesh."""
 
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
 import jax
 import numpy as np
 from flax import nnx
@@ -14,6 +18,7 @@ from adaptrm.models.config import ModelConfig, label_count
 from adaptrm.models.decoder import CausalLM, SequenceClassifier
 from adaptrm.parallel import place, sharding
 
+SMALL = 1 << 20  # bytes: a parameter that all its layers are read of at once
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -112,7 +117,9 @@ def _check_tensors(folder: Folder, table: list[Key], fresh: set[str], model_type
     if model_type is CausalLM and tied and "lm_head.weight" in stored:
         # Where they differ, versions of transformers do, too, in which of the two they take.
         embedding, head = (folder.tensors[name] for name in VOCABULARY)
-        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or not _equal(head, embedding):
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or not _equal(
+            head, embedding, _block_bytes(folder)
+        ):
             raise InputError(
                 f"{folder.path}: tie_word_embeddings is true in config.json, but lm_head.weight is stored and differs "
                 "from model.embed_tokens.weight; set it to false, or remove lm_head.weight"
@@ -138,46 +145,57 @@ def _read(folder: Folder, key: Key, dtype: str | None, layout: NamedSharding) ->
     for name, tensor in zip(key.names, stored, strict=True):
         if dtype is None and DTYPES[tensor.dtype] != kind:
             raise InputError(f"{tensor.file}: {name} is {DTYPES[tensor.dtype]}, other layers {kind}; give a dtype")
-    shape = key.shape[1:] if key.stacked else key.shape
+    shape, most = key.shape[1:] if key.stacked else key.shape, _block_bytes(folder)
     mean, rows = None, shape[0]
     if key.names[0] in VOCABULARY and stored[0].shape[0] < rows:
-        mean, rows = _mean_row(stored[0]), stored[0].shape[0]
-    blocks = Blocks(key.shape, layout, key.stacked, max(DTYPES[tensor.dtype].itemsize for tensor in stored))
+        mean, rows = _mean_row(stored[0], most), stored[0].shape[0]
+
+    def read(layer: int, first: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+        tensor = stored[layer]
+        out = np.empty(sizes, DTYPES[tensor.dtype])
+        count = min(max(rows - first[0], 0), sizes[0])
+        if count:
+            tensor.read(out[:count], first, (rows, *shape[1:]))
+        if count < sizes[0]:
+            out[count:] = mean[first[1] : first[1] + sizes[1]]
+        return out
+
+    target = np.dtype(dtype or kind)
+    if math.prod(key.shape) * max(target.itemsize, 4) <= SMALL:
+        layers = [read(layer, [0] * len(shape), shape).astype(target) for layer in range(len(stored))]
+        return place(np.stack(layers).reshape(key.shape), layout)
+    blocks = Blocks(key.shape, layout, key.stacked, max(DTYPES[tensor.dtype].itemsize for tensor in stored), most)
     stack = None
-    for layer, tensor in enumerate(stored):
-
-        def read(first: tuple[int, ...], sizes: tuple[int, ...], tensor: Stored = tensor) -> np.ndarray:
-            out = np.empty(sizes, DTYPES[tensor.dtype])
-            count = min(max(rows - first[0], 0), sizes[0])
-            if count:
-                tensor.read(out[:count], first, (rows, *shape[1:]))
-            if count < sizes[0]:
-                out[count:] = mean[first[1] : first[1] + sizes[1]]
-            return out
-
+    for layer in range(len(stored)):
         for row in blocks.first_rows():
-            stack = blocks.write(stack, np.dtype(dtype or kind), read, layer, row)
+            stack = blocks.write(stack, target, partial(read, layer), layer, row)
     return stack
 
 
-def _mean_row(tensor: Stored) -> np.ndarray:
+def _block_bytes(folder: Folder) -> int:
+    """Of one block, so that two of them (one more is made on its way to the devices) are less than a whole tensor."""
+    known = (tensor for tensor in folder.tensors.values() if tensor.dtype in DTYPES)
+    largest = max(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in known)
+    return max(min(BLOCK_BYTES, largest // 2), SMALL)
+
+
+def _mean_row(tensor: Stored, most: int) -> np.ndarray:
     """Of a matrix, summed up in float64 in an order that no mesh changes."""
-    total, count = np.zeros(tensor.shape[1]), 0
-    for block in _row_blocks(tensor):
+    total = np.zeros(tensor.shape[1])
+    for block in _row_blocks(tensor, most):
         total += block.sum(axis=0, dtype=np.float64)
-        count += len(block)
-    return (total / count).astype(np.float32)
+    return (total / tensor.shape[0]).astype(np.float32)
 
 
-def _row_blocks(tensor: Stored):
+def _equal(a: Stored, b: Stored, most: int) -> bool:
+    return all(np.array_equal(*pair) for pair in zip(_row_blocks(a, most // 2), _row_blocks(b, most // 2), strict=True))
+
+
+def _row_blocks(tensor: Stored, most: int) -> Iterator[np.ndarray]:
     """A matrix, some rows at a time."""
     dtype = DTYPES[tensor.dtype]
-    at_once = max(BLOCK_BYTES // (tensor.shape[1] * dtype.itemsize), 1)
+    at_once = max(most // (tensor.shape[1] * dtype.itemsize), 1)
     for first in range(0, tensor.shape[0], at_once):
         out = np.empty((min(at_once, tensor.shape[0] - first), tensor.shape[1]), dtype)
         tensor.read(out, (first, 0), tensor.shape)
         yield out
-
-
-def _equal(a: Stored, b: Stored) -> bool:
-    return all(np.array_equal(*pair) for pair in zip(_row_blocks(a), _row_blocks(b), strict=True))
