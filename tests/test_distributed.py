@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from commands import ADAPTRM, ENV
+from commands import ADAPTRM, ENV, free_port
 
 from adaptrm.errors import RESTART, InputError
 from adaptrm.parallel.distributed import Processes, find_processes, start_processes
@@ -162,12 +161,6 @@ def test_processes_are_found_by_the_metadata_of_tpus():
     assert done.stdout.splitlines() == [str(expected) for _, expected in cases], done.stderr
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_whose_peers_do_not_come_says_so_and_may_start_again(number):
     address = f"127.0.0.1:{free_port()}"
@@ -183,11 +176,11 @@ def test_a_process_whose_peers_do_not_come_says_so_and_may_start_again(number):
 
 GATHER = """
 import os, sys, numpy as np
-from adaptrm.parallel.distributed import gathered, start_processes
+from adaptrm.parallel.distributed import exchanged, gathered, start_processes
 start_processes()
 import jax
 mine = np.array([[1 / 3, np.nan], [jax.process_index(), 5e-324]])
-print(gathered(mine).tobytes().hex(), flush=True)
+print(gathered(mine).tobytes().hex(), exchanged("x" * (1 + 9 * jax.process_index())), flush=True)
 """
 
 
@@ -197,6 +190,6 @@ def test_what_processes_tell_each_other_arrives_bit_for_bit():
         subprocess.Popen([sys.executable, "-c", GATHER], env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE)
         for i in range(2)
     ]
-    said = [process.communicate(timeout=120)[0].decode().split()[-1] for process in both]
+    said = [process.communicate(timeout=120)[0].decode().splitlines()[-1] for process in both]
     expected = np.stack([np.array([[1 / 3, np.nan], [i, 5e-324]]) for i in range(2)])
-    assert said == [expected.tobytes().hex()] * 2
+    assert said == [f"{expected.tobytes().hex()} ['x', 'xxxxxxxxxx']"] * 2

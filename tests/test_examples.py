@@ -1,10 +1,14 @@
 """What pairs, sets and their labels become: trees, targets, margins, and sources mixed by weight."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import pair_rows, write_rows
+from commands import ENV, free_port, pair_rows, write_rows
 from refusals import refused
 from tiny import tiny_pairs, tiny_tokenizer
 
@@ -27,10 +31,15 @@ SET_LOSS = LossOptions("plackett-luce")
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory) -> ChatTokenizer:
+def tokenizer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer(folder)
-    return ChatTokenizer.from_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer) -> ChatTokenizer:
+    return ChatTokenizer.from_folder(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +150,42 @@ def test_a_mix_that_its_source_cannot_serve_is_an_error(files, chat):
     message = refused(reward_examples, wants, chat, 0, LossOptions())
     assert "others.jsonl: has 12 examples with a label, data.mix wants 15 (1.5 x 10); lower its weight" in message
     assert "data.pairs is missing" in refused(reward_examples, replace(wants, mix=(MixOptions(),)), chat, 0, SET_LOSS)
+
+
+SHARED = """
+import json, sys
+from adaptrm.parallel.distributed import start_processes
+start_processes()
+from adaptrm.config import DataOptions, LossOptions
+from adaptrm.data.chat import ChatTokenizer
+from adaptrm.errors import InputError
+from adaptrm.train import examples
+examples.SHARE = 3
+chat, read = ChatTokenizer.from_folder(sys.argv[1]), 0
+class Counted:
+    def encode_chat(self, conversation):
+        global read
+        read += 1
+        return chat.encode_chat(conversation)
+def digest(length, overlong):
+    data = DataOptions(sys.argv[2], "human", row_length=length, overlong=overlong)
+    try:
+        store, left = examples.reward_examples(data, Counted(), 0, LossOptions())
+    except InputError as wrong:
+        return str(wrong)
+    return store.digest, left
+print(json.dumps([digest(1024, "fail"), read, digest(150, "drop"), digest(150, "fail")]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_tokenising_and_have_all_examples(files, tokenizer):
+    command = [sys.executable, "-c", SHARED, str(tokenizer), files["pairs"]]
+    both = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    envs = [ENV, *(ENV | both | {"JAX_PROCESS_ID": str(i)} for i in range(2))]
+    started = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for env in envs]
+    one, *two = (json.loads(p.communicate(timeout=300)[0].decode().splitlines()[-1]) for p in started)
+    for said in two:
+        assert said[0] == one[0] and said[2:] == one[2:]
+    assert [said[1] for said in (one, *two)] == [20, 10, 10], "two conversations a pair, each tokenised once"
+    assert one[2][1]["dropped"] > 1 and "tokens, a row 150" in one[3]

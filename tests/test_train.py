@@ -101,6 +101,7 @@ def test_two_processes_equal_one(folder, whole_run, tmp_path):
     command = ("train", "reward", folder / "config.yaml", "--out", tmp_path / "two")
     adaptrm(*command, prefix=("bash", str(LAUNCHER)))
     one, two = losses(whole_run), losses(tmp_path / "two")
+    assert (tmp_path / "two" / "examples.sha256").read_bytes() == (whole_run / "examples.sha256").read_bytes()
     assert [line["pairs"] for line in one] == [line["pairs"] for line in two]
     np.testing.assert_allclose([x["loss"] for x in two], [x["loss"] for x in one], rtol=1e-5)
     np.testing.assert_allclose([x["grad_norm"] for x in two], [x["grad_norm"] for x in one], rtol=1e-5)

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
+import jax
 import numpy as np
 
 from adaptrm.config import DataOptions, LossOptions
@@ -15,11 +17,13 @@ from adaptrm.data.rows import BadRows
 from adaptrm.data.truncation import truncated
 from adaptrm.errors import InputError
 from adaptrm.judge.prompts import JudgePrompt
+from adaptrm.parallel.distributed import exchanged
 from adaptrm.prefix_tree import PrefixTree
 from adaptrm.progress import say
 from adaptrm.watchdog import doing
 
 YES, NO, NEITHER = 0, 1, 2
+SHARE = 64  # examples that a process tokenises before it hears of the others'
 
 
 def preferred_pairs(options: DataOptions, bad: BadRows) -> Iterator[tuple[Pair, Preference]]:
@@ -173,34 +177,68 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore
     return _collect(options, bad, examples())
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What became of an example.
+
+    Attributes:
+        tree: None where it is dropped or cannot be used.
+        refused: why it cannot be used; ``unfit`` where it does not fit a row and must.
+    """
+
+    tree: PrefixTree | None = None
+    truncated: bool = False
+    refused: str = ""
+    unfit: bool = False
+
+
+def _make(example: Example, options: DataOptions) -> _Made:
+    source, pair, limit, is_cut = example.source, example.pair, options.row_length, False
+    try:
+        tree = example.tree(pair)
+        if len(tree) > limit and options.overlong == "truncate":
+            tree = example.tree(truncated(pair, lambda cut: len(example.tree(cut)), limit))
+            is_cut = True
+    except InputError as wrong:  # the template refuses it, or nothing of it fits
+        return _Made(refused=f"{source}: {wrong}")
+    if len(tree) <= limit:
+        return _Made(tree, is_cut)
+    if options.overlong != "fail":
+        return _Made()
+    mend = "raise data.row_length, or set data.overlong: drop or truncate"
+    return _Made(refused=f"{source}: {pair.id!r} has {len(tree)} tokens, a row {limit}; {mend}", unfit=True)
+
+
+def _made(options: DataOptions, examples: Iterator[Example]) -> Iterator[tuple[Example, _Made]]:
+    """Examples in their order and what becomes of them; each process tokenises its share, and all get all."""
+    number, count = jax.process_index(), jax.process_count()
+    while block := list(islice(examples, SHARE * count)):
+        mine = []
+        for example in block[number::count]:
+            doing("reading the examples")
+            mine.append(_make(example, options))
+        shares = exchanged(mine)
+        yield from ((example, shares[i % count][i // count]) for i, example in enumerate(block))
+
+
 def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) -> tuple[TreeStore, dict[str, int]]:
-    store, limit, labelled = TreeStore(), options.row_length, False
+    store, labelled = TreeStore(), False
     counts = {"dropped": 0, "truncated": 0}
-    for example in examples:
-        doing("reading the examples")
-        source, pair, make_tree = example.source, example.pair, example.tree
-        try:
-            tree = make_tree(pair)
-            if len(tree) > limit and options.overlong == "truncate":
-                tree = make_tree(truncated(pair, lambda cut, make=make_tree: len(make(cut)), limit))
-                counts["truncated"] += 1
-        except InputError as wrong:  # the template refuses it, or nothing of it fits
-            bad(InputError(f"{source}: {wrong}"))
-            continue
-        if len(tree) > limit:
-            if options.overlong == "fail":
-                raise InputError(
-                    f"{source}: {pair.id!r} has {len(tree)} tokens, a row {limit}; "
-                    "raise data.row_length, or set data.overlong: drop or truncate"
-                )
+    for example, made in _made(options, examples):
+        if made.unfit:
+            raise InputError(made.refused)
+        if made.refused:
+            bad(InputError(made.refused))
+        elif made.tree is None:
             counts["dropped"] += 1
-            continue
-        labelled |= example.weight > 0
-        store.append(tree, example.targets, example.weight, example.margin)
+        else:
+            counts["truncated"] += made.truncated
+            labelled |= example.weight > 0
+            store.append(made.tree, example.targets, example.weight, example.margin)
     for what, count in counts.items():
         if count:
             total = len(store) + counts["dropped"]
-            say(f"{what} {count} of {total} examples: longer than a row of {limit} tokens")
+            say(f"{what} {count} of {total} examples: longer than a row of {options.row_length} tokens")
     if not labelled:
         raise InputError(f"{options.pairs or options.labels}: nothing to train on; no example has a label")
     return store.freeze(), {"skipped_rows": bad.count} | counts
