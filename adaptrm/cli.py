@@ -346,8 +346,10 @@ def main() -> None:
         print(f"adaptrm: {stopped}", file=sys.stderr)
         import jax
 
-        jax.distributed.shutdown()  # all processes stop together: none may see another vanish
-        leave(RESTART)
+        try:
+            jax.distributed.shutdown()  # all processes stop together: none may see another vanish
+        finally:
+            leave(RESTART)
     except Exception as failed:
         if type(failed).__name__ == "TrainingFailed":  # its module imports jax; its name does not
             print(f"adaptrm: {failed}", file=sys.stderr)
