@@ -155,6 +155,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Start from this model.")] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; an unfinished run goes on. [runs/CONFIG]")] = None,
     on_bad_row: Annotated[OnBadRow | None, BAD_ROW] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Write a trace of a few steps to RUN/profile.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a reward model or a judge; any option of the config as --section.key VALUE."""
@@ -172,7 +173,7 @@ def train(
     from adaptrm.train.run import train as run
 
     with watching(options.watchdog_seconds):
-        result = run(what.value, options, out or f"runs/{Path(config).stem}")
+        result = run(what.value, options, out or f"runs/{Path(config).stem}", profile)
     show(result, as_json)
 
 

@@ -144,6 +144,7 @@ class TrainOptions:
     max_steps: PositiveInt | None = None
     seed: NonNegativeInt = 0
     log_every_steps: PositiveInt = 1
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl
     watchdog_seconds: Positive | None = 3600.0  # that a step, a save, an example may take; null waits for ever
     max_nonfinite_steps: NonNegativeInt = 0  # in all; such a step changes nothing, one more of them ends the run
 

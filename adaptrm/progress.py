@@ -24,46 +24,65 @@ def is_silent() -> bool:
 class Progress:
     """Counts up to a total."""
 
-    def __init__(self, what: str, unit: str, total: int, bar=None, shown: bool = True):
+    def __init__(self, what: str, unit: str, total: int, done: int = 0, bar=None, shown: bool = True):
         self._visible = shown
         self._what, self._unit, self._total, self._bar = what, unit, total, bar
-        self._done, self._start, self._shown = 0, time.monotonic(), time.monotonic()
+        self._done, self._shown = done, time.monotonic()
+        self._since: tuple[float, int] | None = None
 
     def advance(self, count: int, note: str = "") -> None:
         """Add to what is done; ``note`` is shown beside it."""
         self._done += count
         if not self._visible:
             return
+        now = time.monotonic()
+        if self._since is None:  # what comes first is compiled first, which says nothing of the rest
+            self._since = now, self._done
+        pace = self._pace(now)
         if self._bar is not None:
             rich_bar, task = self._bar
-            rich_bar.update(task, advance=count, note=note)
-            return
-        now = time.monotonic()
-        if now - self._shown >= SECONDS_BETWEEN_LINES or self._done >= self._total:
+            rich_bar.update(task, completed=self._done, pace=pace, note=note)
+        elif now - self._shown >= SECONDS_BETWEEN_LINES or self._done >= self._total:
             self._shown = now
-            rate = self._done / max(now - self._start, 1e-9)
-            left = (self._total - self._done) / max(rate, 1e-9)
-            at = f"{self._done}/{self._total} {self._unit}, {rate:.1f}/s"
-            print(f"{self._what}: {at}, {left:.0f} s left{', ' + note if note else ''}", file=sys.stderr, flush=True)
+            parts = (f"{self._done}/{self._total} {self._unit}", pace, note)
+            print(f"{self._what}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+
+    def _pace(self, now: float) -> str:
+        """Rate and end time, as soon as they are known."""
+        began, before = self._since
+        rate = (self._done - before) / max(now - began, 1e-9)
+        if not rate:
+            return ""
+        pace = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        left = (self._total - self._done) / rate
+        if left <= 0:
+            return pace
+        day = "%a " if left > 12 * 3600 else ""
+        return f"{pace}, ends {time.strftime(f'{day}%H:%M:%S', time.localtime(time.time() + left))}"
 
 
 @contextmanager
-def progress(what: str, unit: str, total: int, shown: bool = True) -> Iterator[Progress]:
-    """Show progress while the block runs."""
+def progress(what: str, unit: str, total: int, shown: bool = True, done: int = 0) -> Iterator[Progress]:
+    """Show progress while the block runs.
+
+    Args:
+        done: so many of the total were done before.
+    """
     if not shown or _silent:
-        yield Progress(what, unit, total, shown=False)
+        yield Progress(what, unit, total, done, shown=False)
         return
     if not sys.stderr.isatty():
-        yield Progress(what, unit, total)
+        yield Progress(what, unit, total, done)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Bar(*columns, *times, console=Console(stderr=True)) as bar:
-        yield Progress(what, unit, total, (bar, bar.add_task(what, total=total, note="")))
+    count = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn(unit))
+    fields = (TextColumn("{task.fields[pace]}"), TextColumn("{task.fields[note]}"))
+    with Bar(*count, *fields, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, completed=done, pace="compiling the first", note="")
+        yield Progress(what, unit, total, done, (bar, task))
 
 
 def say(text: str) -> None:

@@ -18,11 +18,12 @@ from adaptrm.progress import progress
 from adaptrm.train.checkpoint import Checkpoints
 from adaptrm.train.evaluation import Evaluations, HeldOut
 from adaptrm.train.feed import device_batches
-from adaptrm.train.metrics import MetricsLog, read_metrics
+from adaptrm.train.metrics import read_metrics
 from adaptrm.train.preemption import AGAIN, stops_after_a_step
 from adaptrm.train.reports import Reports
 from adaptrm.train.state import TrainState
 from adaptrm.train.throughput import Throughput
+from adaptrm.train.trackers import open_metrics
 from adaptrm.watchdog import COMPILING, doing
 
 
@@ -58,11 +59,11 @@ def run_steps(
                 state = checkpoints.restore(state)
             start, stopped = int(state.step), False
             first = jax.process_index() == 0
-            metrics_file = paths.join(out, "metrics.jsonl")
-            logged = MetricsLog(metrics_file, start) if first else nullcontext()
-            with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps - start, first) as shown:
+            earlier = read_metrics(paths.join(out, "metrics.jsonl"), start)
+            logged = open_metrics(out, options, start) if first else nullcontext()
+            with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps, first, start) as shown:
                 reports = Reports(throughput, options, log, shown)
-                evaluations = Evaluations(held_out, read_metrics(metrics_file, start), steps, reports)
+                evaluations = Evaluations(held_out, earlier, steps, reports)
                 evaluations.after(start, state.params)  # before the first step, or where the run was stopped before it
                 feed = device_batches(store, plan, mesh, start, steps)
                 number = start

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from adaptrm import paths
@@ -27,10 +28,11 @@ class MetricsLog:
 
     Args:
         start: the run goes on after this step; later lines of an earlier attempt are cut.
+        trackers: get each line too, as a step and its numbers.
     """
 
-    def __init__(self, path: str | os.PathLike, start: int):
-        self._path = path
+    def __init__(self, path: str | os.PathLike, start: int, trackers: Sequence[Callable[[int, dict], None]] = ()):
+        self._path, self._trackers = path, trackers
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path, start)).encode()
         paths.write_bytes(path, kept)
         # Without a buffer: what a full disk refuses is told where it is written, and a kill loses no line.
@@ -50,6 +52,9 @@ class MetricsLog:
         line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         with paths.told(self._path, *paths.WRITE):
             self._stream.write((json.dumps(line) + "\n").encode())
+        numbers = {name: x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
+        for tracker in self._trackers:
+            tracker(line["step"], numbers)
 
     def flush(self) -> None:
         """Bring a store's copy up to date."""

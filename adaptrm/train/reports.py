@@ -54,8 +54,8 @@ class Reports:
         if self._log is not None:
             self._log.write({"step": step, **values})
             self._log.flush()
-            told = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in values.items())
-            say(f"held out, after step {step}: {told}")
+            loss, accuracy = values["evaluation/loss"], values["evaluation/accuracy"]
+            say(f"held out, after step {step}: loss {loss:.4f}, accuracy {accuracy:.3f}")
 
     def _read(self) -> None:
         if self._pending is None:

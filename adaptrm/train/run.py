@@ -25,21 +25,23 @@ from adaptrm.train.loop import run_steps
 from adaptrm.train.losses import check_loss
 from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.preemption import stops_at_once
+from adaptrm.train.profiler import profiled
 from adaptrm.train.save import save_model
 from adaptrm.train.start import follow_checkpoint, read_run, start_of
 from adaptrm.train.state import init_state
 from adaptrm.train.step import Kind, make_step
 from adaptrm.train.throughput import Throughput, multiplied_parameters
+from adaptrm.train.trackers import check_trackers
 from adaptrm.watchdog import LOADING, doing
 from adaptrm.yaml_text import read_yaml
 
 EXAMPLES = "examples.sha256"
 UNITS = {"judge": "replies", "reward": "pairs"}
 # Options that a run may change when it goes on: they do not touch what is computed.
-FREE = ("mesh", "checkpoint", "log_every_steps", "max_nonfinite_steps", "watchdog_seconds")
+FREE = ("mesh", "checkpoint", "log_every_steps", "trackers", "max_nonfinite_steps", "watchdog_seconds")
 
 
-def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str, Any]:
+def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bool = False) -> dict[str, Any]:
     """Train a judge or a reward model; started again with the same folder it goes on.
 
     Restore precedence: the run's own newest whole checkpoint, with all that training needs; else the parameters that
@@ -47,6 +49,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
 
     Args:
         out: the run folder: config.yaml, metrics.jsonl, checkpoints/, and at the end export/.
+        profile: write a trace of a few steps into its profile/.
 
     Returns:
         Steps, examples, rows skipped, examples dropped, truncated and mixed in, parameters, share of padding.
@@ -59,10 +62,15 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
     first = jax.process_index() == 0
     if jax.process_count() > 1 and not paths.is_local(out):
         raise InputError(f"{out}: several processes write one run together; give a folder that all of them share")
+    if profile and not paths.is_local(out):
+        raise InputError(
+            f"{out}: a profile is written to a local run folder; give another --out, or leave out --profile"
+        )
     options = follow_checkpoint(kind, _from_anywhere(options))
     check_loss(kind, options.loss)
     with stops_at_once(), hold(out) if first else nullcontext():
         if first:
+            check_trackers(options.trackers, out)
             _check_claim(out, kind, options)
         doing("reading the model", at_least=LOADING)
         mesh = _mesh(options)
@@ -108,7 +116,9 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike) -> dict[str
         devices, parameters = list(mesh.devices.flat), multiplied_parameters(state.params)
         throughput = Throughput(start.config, parameters, store, plan, devices, unit)
         config = to_yaml(kind, options)
-        state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config, held_out)
+        traced = profiled(step_fn, paths.here(out) / "profile") if profile and first else nullcontext(step_fn)
+        with traced as step_fn:
+            state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config, held_out)
         doing("exporting the model")
         save_model(paths.join(out, "export"), state.params, start.raw, start.chat, start.pad, start.name)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
