@@ -20,6 +20,7 @@ from adaptrm.models import CausalLM
 from adaptrm.parallel import make_mesh
 
 PROGRAM = Path(__file__).parent / "weights_program.py"
+TOOL = Path(__file__).parent.parent / "tools" / "host_memory.py"
 LAUNCHER = Path(__file__).parent.parent / "launch" / "local.sh"
 # 48 layers: one parameter of all of them is three times the largest tensor, the vocabulary of 8 MiB.
 MANY_LAYERS = tiny_config(
@@ -41,6 +42,9 @@ def test_host_memory_beyond_the_device_arrays_is_less_than_one_tensor(many_layer
     env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system at once
     done = subprocess.run(["bash", str(LAUNCHER), *command], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    tool = [sys.executable, str(TOOL), "--model", str(many_layers), "--json", "--hosts", str(processes)]
+    said = subprocess.run([*tool, "--devices", str(4 // processes)], env=ENV, capture_output=True, text=True)
+    said = json.loads(said.stdout)[str(many_layers)]
     sizes = [len(data) for _, _, data in raw_tensors(many_layers).values()]
     largest, total = max(sizes), sum(sizes)
     for number in range(processes):
@@ -54,6 +58,10 @@ def test_host_memory_beyond_the_device_arrays_is_less_than_one_tensor(many_layer
             assert figures["resident"] <= 1.3 * largest, (name, figures)
         # Every process reads the slices of its devices and nothing else.
         assert total / processes <= found["load"]["read"] <= 1.05 * total / processes
+        assert found["load"]["read"] == said["load_read"]
+        assert found["load"]["allocated"] <= said["load_most"] + (1 << 20)
+        assert found["save"]["allocated"] <= said["save_most"] + (1 << 20)
+    assert (said["largest"], said["total"]) == (largest, total)
     assert raw_tensors(tmp_path / "out") == raw_tensors(many_layers)
 
 

@@ -61,7 +61,7 @@ class Blocks:
     def span(self) -> list[tuple[int, int]]:
         """Begin and end, in each dimension of a block, of what the devices of this process hold."""
         indices = self.layout.addressable_devices_indices_map(self.shape_of_one).values()
-        by_dimension = zip(*(_bounds(index, self.shape_of_one) for index in indices), strict=True)
+        by_dimension = zip(*(bounds_of(index, self.shape_of_one) for index in indices), strict=True)
         return [(min(low for low, _ in bounds), max(high for _, high in bounds)) for bounds in by_dimension]
 
     def first_rows(self) -> Iterator[int]:
@@ -88,7 +88,7 @@ class Blocks:
         sizes = (self.rows, *(high - low for low, high in self.span[axis + 1 :]))
 
         def pick(index: Sequence[slice]) -> np.ndarray:
-            bounds = _bounds(index, self.shape_of_one)
+            bounds = bounds_of(index, self.shape_of_one)
             first = bounds[axis][0] // self.rows * self.shard[axis] + row
             if first not in parts:
                 parts[first] = read((first, *begin[axis + 1 :]), sizes)
@@ -119,7 +119,7 @@ def layout_of(array: jax.Array) -> NamedSharding:
     return NamedSharding(Mesh(np.asarray([device]), ("one",)), PartitionSpec(*[None] * array.ndim))
 
 
-def _bounds(index: Sequence[slice], shape: Sequence[int]) -> list[tuple[int, int]]:
+def bounds_of(index: Sequence[slice], shape: Sequence[int]) -> list[tuple[int, int]]:
     return [cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True)]
 
 
