@@ -281,7 +281,7 @@ def measure(step: Step, chip: Chip) -> dict[str, Any]:
     Returns:
         Bytes a device of parameters, optimizer and batch (the arguments), of temporaries (activations, gradients,
         gathered parameters) and of all at the peak; whether that fits; FLOPs on all devices by the mathematics, and
-        those of one device by the compiler, which counts the body of a loop once.
+        those of one device by a TPU's compiler, which counts the body of a loop once.
     """
     found: dict[str, Any] = {"mesh": dict(step.mesh.shape), "rows": step.shape[0], "row_length": step.shape[1]}
     found |= {name: _bytes_a_device(part) for name, part in step.parts.items()} | {"flops": step.flops}
@@ -298,7 +298,8 @@ def measure(step: Step, chip: Chip) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     found |= {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
     found |= {"peak": memory.peak_memory_in_bytes}
-    return found | {"fits": found["peak"] <= chip.memory, "compiler_flops": int(compiled.cost_analysis()["flops"])}
+    cost = compiled.cost_analysis()  # None for a GPU
+    return found | {"fits": found["peak"] <= chip.memory, "compiler_flops": cost and int(cost["flops"])}
 
 
 def _bytes_a_device(tree: Any) -> int:

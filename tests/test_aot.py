@@ -141,7 +141,7 @@ def test_every_large_config_names_its_targets():
     large = {name for name in HEADERS if re.search(r"-\d+b$", name)}
     assert large == {name for name, targets in HEADERS.items() if targets}
     eights = {name for name in large if name.startswith("reward-") and name.endswith("-8b")}
-    assert eights
+    assert len(eights) >= 2
     for name in eights:
         assert HEADERS[name] == ["v5p:2x2x2 v5e:4x4 v6e:2x4 h100:8"]
 
