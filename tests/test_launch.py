@@ -84,6 +84,42 @@ def test_slurm_requeues_on_75_alone(tmp_path, code, restarts, requeued):
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
+GCLOUD = """
+case "$*" in
+  *describe*) head -n1 states; sed -i 1d states ;;
+  *ssh*) echo ssh >> calls; code=$(head -n1 codes); sed -i 1d codes; exit $code ;;
+  *) echo "$4" >> calls ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("states", "codes", "calls", "code"),
+    [
+        (["", "PROVISIONING", "ACTIVE", "ACTIVE"], [0], "create ssh delete", 0),
+        (["ACTIVE", "ACTIVE"], [2], "ssh delete", 2),
+        # Taken away, and asked for again.
+        (
+            ["", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE", "ACTIVE"],
+            [255, 0],
+            "create ssh delete create ssh delete",
+            0,
+        ),
+    ],
+    ids=["runs", "fails", "preempted"],
+)
+def test_a_queued_resource_is_asked_for_until_the_command_has_ended(tmp_path, states, codes, calls, code):
+    (tmp_path / "gcloud").write_text("#!/bin/sh" + GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    environment = BARE | SOURCE | {"PATH": f"{tmp_path}:{BARE['PATH']}", "PATIENCE": "0"}
+    script = ["bash", str(LAUNCH / "queued-resource.sh"), "adaptrm"]
+    done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "calls").read_text().split() == calls.split()
+
+
 def test_options_of_slurm_stand_before_its_first_command():
     lines = (LAUNCH / "slurm.sh").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
