@@ -39,14 +39,24 @@ class ScratchOptions:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LoraOptions:
+    """Adapters over every projection of the layers; the rest is frozen in ``model.dtype``, but for a reward's head."""
+
+    rank: PositiveInt = 16
+    alpha: Positive = 32.0  # an adapter counts alpha / rank
+
+
+@dataclass(frozen=True, config=STRICT)
 class ModelOptions:
     """What is trained: ``pretrained`` (a Hugging Face folder, a hub name or a run) or ``scratch``."""
 
     pretrained: str | None = None
     scratch: ScratchOptions | None = None
     checkpoint: str | None = None  # a run, or RUN/checkpoints/STEP: its parameters, on what that run started from
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; what is trained is float32
     remat: Literal["layer", "attention", "dots", "none"] = "layer"  # from least memory to least work
+    lora: LoraOptions | None = None
+    average_with_start: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the start in the exported weights
 
 
 @dataclass(frozen=True, config=STRICT)

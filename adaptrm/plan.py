@@ -31,6 +31,7 @@ from adaptrm.models.known import KNOWN
 from adaptrm.parallel import make_mesh, sharding
 from adaptrm.prefix_tree import Node, PrefixTree
 from adaptrm.rules import RulePool
+from adaptrm.train.lora import model_shapes
 from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.run import plan_options
 from adaptrm.train.start import start_of
@@ -202,7 +203,7 @@ def train_step(verb: str, options: TrainOptions, config: ModelConfig, mesh: Mesh
     """The step of ``adaptrm train``; of a batch that is so many examples, each fills a row, so none takes more."""
     labels = len(RulePool.load(options.data.rules)) if verb == "adapter" else 1
     model_type = CausalLM if verb == "judge" else SequenceClassifier
-    definition, abstract = abstract_model(model_type, config, labels)
+    definition, abstract = model_shapes(model_type, config, options.model, labels)
     params = _placed(definition, abstract, mesh)
     state = init_state(params, make_optimizer(options.optimizer), mesh)
     layout = plan_options(options, mesh)

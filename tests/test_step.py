@@ -110,12 +110,14 @@ def test_an_optimizer_does_the_same_on_a_mesh(options):
     axes = {"weight": ("layers", "mlp", "embed"), "norm": ("layers", "embed")}
     gradients = [{name: rng.standard_normal(x.shape) for name, x in host.items()} for _ in range(2)]
 
+    def on(arrays, place):
+        return nnx.State({name: nnx.Param(place(name, x)) for name, x in arrays.items()})
+
     def steps(place):
-        params = {name: place(name, x) for name, x in host.items()}
+        params = on(host, place)
         state = init_state(params, optimizer, mesh).opt_state
         for gradient in gradients:
-            given = {name: place(name, x) for name, x in gradient.items()}
-            updates, state = jax.jit(optimizer.update)(given, state, params)
+            updates, state = jax.jit(optimizer.update)(on(gradient, place), state, params)
         return updates
 
     one = steps(lambda _, x: jax.device_put(x.astype(np.float32), NamedSharding(mesh, PartitionSpec())))

@@ -12,7 +12,7 @@ from commands import adaptrm, kill_when, losses, pair_rows, write_rows
 from flax import nnx
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
-from adaptrm.config import LossOptions, parse_options
+from adaptrm.config import LossOptions, OptimizerOptions, parse_options
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
@@ -23,9 +23,11 @@ from adaptrm.parallel import make_mesh
 from adaptrm.reward_model import RewardModel
 from adaptrm.train.examples import reward_examples
 from adaptrm.train.feed import device_batches
+from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.reports import TrainingFailed
 from adaptrm.train.run import train
-from adaptrm.train.step import loss_sums
+from adaptrm.train.state import init_state
+from adaptrm.train.step import make_step
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "local.sh"
 ROW = 512
@@ -123,22 +125,22 @@ def test_every_mesh_equals_one_device(folder, tmp_path):
     chat = ChatTokenizer.from_folder(tmp_path / "lm")
     store, _ = reward_examples(data, chat, 0, LossOptions())
     plan = Plan(store.lengths, store.leaves, PlanOptions(ROW, 8), 1)
+    # At a rate of 1 and without clipping, the gradient is what a parameter has moved by.
+    sgd = OptimizerOptions(name="sgd", learning_rate=1.0, schedule="constant", warmup_steps=0, clip_norm=1e9)
 
     def step(mesh):
         source = open_folder(tmp_path / "lm")
         definition, params, _ = load_weights(source, SequenceClassifier, mesh, dtype="float32", new_head_seed=0)
-
-        def loss(params, batch):
-            sums = loss_sums("reward", definition, params, batch, None, "float32", "layer", LossOptions())
-            return sums["loss"] / sums["weight"]
-
+        before = jax.tree.map(np.array, nnx.to_pure_dict(params))
+        program = make_step("reward", definition, sgd, 1, None, "float32", "layer", LossOptions())
         with jax.set_mesh(mesh):
-            batch = next(device_batches(store, plan, mesh, 0, 1))
-            value, grads = jax.jit(jax.value_and_grad(loss))(params, batch)
-            moved = jax.jit(lambda p, g: jax.tree.map(lambda p, g: p - 0.1 * g, p, g))(params, grads)
-        for path, param in nnx.to_flat_state(grads):
+            state = init_state(params, make_optimizer(sgd), mesh)
+            state, metrics = program(state, next(device_batches(store, plan, mesh, 0, 1)))
+        for path, param in nnx.to_flat_state(state.params):
             assert param.sharding.mesh.shape == mesh.shape, path
-        return jax.tree.map(np.asarray, (value, nnx.to_pure_dict(grads), nnx.to_pure_dict(moved)))
+        after = jax.tree.map(np.array, nnx.to_pure_dict(state.params))
+        gradient = jax.tree.map(np.subtract, before, after)
+        return np.asarray(metrics["loss"]), gradient, after
 
     reference = step(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     for shape in MESHES:

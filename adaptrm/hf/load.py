@@ -76,9 +76,7 @@ def logical_axes(definition: nnx.GraphDef, abstract: nnx.State) -> dict[tuple, t
     axes = {}
     for path, module in nnx.iter_modules(model):
         if hasattr(module, "axes"):
-            axes[(*path, "weight")] = tuple(module.axes)
-            if module.bias is not None:
-                axes[(*path, "bias")] = tuple(module.axes[: module.bias.ndim])
+            axes |= {(*path, name): own for name, own in module.parameter_axes.items()}
     unnamed = [path for path, _ in nnx.to_flat_state(abstract) if path not in axes]
     if unnamed:
         raise ValueError(f"parameters without logical axes: {unnamed}")

@@ -8,6 +8,7 @@ Shape suffixes: B rows, T tokens, D hidden size, F intermediate size, N heads, K
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ class Weight(nnx.Module):
     A bias has the leading axes of its weight, since those are the outputs.
     """
 
+    lora_a = lora_b = lora_scale = None  # of the class, so that adapters can come and go
+
     def __init__(
         self,
         shape: tuple[int, ...],
@@ -41,12 +44,27 @@ class Weight(nnx.Module):
             value = jax.random.normal(rngs.params(), shape) * math.prod(shape[-inputs:]) ** -0.5
         self.weight = nnx.Param(value)
         self.bias = nnx.Param(jnp.zeros(shape[:-inputs])) if bias else None
-        self.axes = axes
+        self.axes, self.inputs = axes, inputs
+
+    @property
+    def parameter_axes(self) -> dict[str, tuple[str, ...]]:
+        """The logical axes of each parameter; the adapter's A maps inputs to its rank, B its rank to outputs."""
+        outputs, inputs = self.axes[: -self.inputs], self.axes[-self.inputs :]
+        lora_a = (*self.axes[:1], "rank", *inputs)
+        named = {"weight": self.axes, "bias": outputs, "lora_a": lora_a, "lora_b": (*outputs, "rank")}
+        return {name: axes for name, axes in named.items() if getattr(self, name) is not None}
 
     def project(self, equation: str, x: Array) -> Array:
-        """``einsum(equation, x, weight)`` plus the bias, in the dtype of ``x``."""
+        """``einsum(equation, x, weight)`` plus the bias and the adapter's part, in the dtype of ``x``."""
         out = jnp.einsum(equation, x, self.weight[...].astype(x.dtype))
-        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+        if self.bias is not None:
+            out += self.bias[...].astype(x.dtype)
+        if self.lora_a is None:
+            return out
+        given, weight, outputs = re.split(",|->", equation)
+        own, inputs = weight[: -self.inputs], weight[-self.inputs :]
+        low = jnp.einsum(f"{given},r{inputs}->btr", x, self.lora_a[...].astype(x.dtype))
+        return out + self.lora_scale * jnp.einsum(f"btr,{own}r->{outputs}", low, self.lora_b[...].astype(x.dtype))
 
 
 class RMSNorm(Weight):
@@ -80,6 +98,19 @@ def rotate(x_BTNH: Array, angles_BTh: Array) -> Array:
     cos, sin = jnp.cos(angles_BTh)[:, :, None], jnp.sin(angles_BTh)[:, :, None]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
+
+
+ADAPTERS = ("lora_a", "lora_b")
+
+
+def add_adapters(model: nnx.Module, rank: int, alpha: float) -> None:
+    """Give every projection of the layers an adapter ``(alpha / rank) B A`` (Hu et al. 2021), all zero here."""
+    for path, module in nnx.iter_modules(model):
+        if path and str(path[-1]).endswith("_proj"):
+            shape = module.weight.shape
+            module.lora_a = nnx.Param(jnp.zeros((shape[0], rank, *shape[-module.inputs :])))
+            module.lora_b = nnx.Param(jnp.zeros((*shape[: -module.inputs], rank)))
+            module.lora_scale = alpha / rank
 
 
 class Attention(nnx.Module):

@@ -19,6 +19,7 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "labels": (),
+    "rank": (),
 }
 
 

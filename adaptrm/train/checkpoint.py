@@ -204,7 +204,7 @@ class Checkpoints:
         step, skipped = (
             jax.device_put(np.int32(plain["position"][name]), like.step.sharding) for name in ("step", "skipped")
         )
-        return TrainState(step, _fill(like.params, plain["params"]), opt_state, skipped)
+        return TrainState(step, _fill(like.params, plain["params"]), opt_state, skipped, like.frozen)
 
     def restore_params(self, like: nnx.State) -> nnx.State:
         """The parameters of ``step`` alone; ``like`` holds shapes with shardings."""

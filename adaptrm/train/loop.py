@@ -64,7 +64,7 @@ def run_steps(
             with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps, first, start) as shown:
                 reports = Reports(throughput, options, log, shown)
                 evaluations = Evaluations(held_out, earlier, steps, reports)
-                evaluations.after(start, state.params)  # before the first step, or where the run was stopped before it
+                evaluations.after(start, state.whole)  # before the first step, or where the run was stopped before it
                 feed = device_batches(store, plan, mesh, start, steps)
                 number = start
                 while number < steps and not (stopped or evaluations.enough):
@@ -76,7 +76,7 @@ def run_steps(
                     state, metrics = step_fn(state, batch)
                     reports.add(number, metrics)
                     stopped = noticed(number)
-                    score = None if stopped else evaluations.after(number, state.params)
+                    score = None if stopped else evaluations.after(number, state.whole)
                     last = stopped or evaluations.enough or number == steps
                     if last or number % options.checkpoint.every_steps == 0:
                         reports.flush()  # before the checkpoint: what goes on from it has every line up to it

@@ -113,16 +113,18 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
             say(f"{len(store)} {unit}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
             _check_examples(out, data)
             _claim(out, kind, options, data)
-        devices, parameters = list(mesh.devices.flat), multiplied_parameters(state.params)
+        devices, parameters = list(mesh.devices.flat), multiplied_parameters(state.whole)
         throughput = Throughput(start.config, parameters, store, plan, devices, unit)
         config = to_yaml(kind, options)
         traced = profiled(step_fn, paths.here(out) / "profile") if profile and first else nullcontext(step_fn)
         with traced as step_fn:
             state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config, held_out)
         doing("exporting the model")
-        save_model(paths.join(out, "export"), state.params, start.raw, start.chat, start.pad, start.name)
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    made = {"run": str(out), "steps": int(state.step), unit: len(store), **left}
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        made = {"run": str(out), "steps": int(state.step), unit: len(store), **left}
+        params = start.exported(definition, state.whole, mesh)
+        del state  # room for what the weights are averaged with
+        save_model(paths.join(out, "export"), params, start.raw, start.chat, start.pad, start.name)
     return made | {"parameters": count, "padding": plan.padding}
 
 

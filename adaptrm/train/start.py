@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from adaptrm import paths
-from adaptrm.config import TrainOptions, parse_options
+from adaptrm.config import ModelOptions, TrainOptions, parse_options
 from adaptrm.data.chat import ChatTokenizer, choose_pad_token, pad_can_end
 from adaptrm.errors import InputError
 from adaptrm.hf.cache import local_copy
@@ -18,7 +18,8 @@ from adaptrm.hf.load import abstract_model, load_weights
 from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
 from adaptrm.progress import say
 from adaptrm.train.checkpoint import METADATA, Checkpoints, find, stored_config
-from adaptrm.train.state import init_params, param_shardings
+from adaptrm.train.lora import merged, with_adapters
+from adaptrm.train.state import init_params, param_shardings, trained_and_frozen
 from adaptrm.train.step import Kind
 from adaptrm.yaml_text import read_yaml
 
@@ -34,7 +35,7 @@ class Start:
         raw: its ``config.json``; ``config`` is that with the vocabulary that the pad token needs.
         pad: pad token and its id.
         folder: of the pretrained weights; None where they are random.
-        named: the run or checkpoint whose parameters come before both.
+        model: the options; ``model.checkpoint`` is the run or checkpoint whose parameters come before both.
     """
 
     kind: Kind
@@ -44,37 +45,87 @@ class Start:
     config: ModelConfig
     pad: tuple[str | None, int | None]
     folder: Folder | None
-    named: str | None = None
+    model: ModelOptions
+
+    @property
+    def named(self) -> str | None:
+        return self.model.checkpoint
 
     def params(self, mesh: Mesh, seed: int, resumed: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
-        """Definition and parameters on the mesh, in float32; their shapes where a run has a checkpoint of its own."""
-        if resumed:
-            return self._shapes(mesh)
-        if self.named is not None:
-            return self.checkpoint(self.named, mesh)
-        if self.folder is not None:
-            return self._pretrained(mesh, seed)
-        return init_params(MODEL_TYPES[self.kind], self.config, seed, mesh)
+        """Definition and parameters on the mesh; shapes alone of those that a run's own checkpoint holds.
 
-    def _pretrained(self, mesh: Mesh, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-        vocab = self.config.vocab_size
-        options = dict(dtype="float32", new_head_seed=seed, vocab_size=vocab)
-        return load_weights(self.folder, MODEL_TYPES[self.kind], mesh, **options)[:2]
+        In float32; with adapters, the model under them in the dtype of the computation.
+        """
+        if self.model.lora is None:
+            return self._shapes(mesh) if resumed else self._plain(mesh, seed, "float32")
+        _, base = self._plain(mesh, seed, self.model.dtype)
+        definition, params = with_adapters(self._type, self.config, base, self.model.lora, seed, mesh)
+        if not resumed:
+            return definition, params
+        trained, frozen = trained_and_frozen(params)
+        return definition, nnx.merge_state(jax.tree.map(_shape, trained), frozen)
+
+    @property
+    def _type(self):
+        return MODEL_TYPES[self.kind]
+
+    def _plain(self, mesh: Mesh, seed: int, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+        """The model that training starts from, without adapters."""
+        if self.named is not None:
+            definition, params = open_run(self.named).trained(self.named, mesh)
+            return definition, jax.tree.map(lambda x: x.astype(dtype), params)
+        if self.folder is None:
+            return init_params(self._type, self.config, seed, mesh)
+        options = dict(dtype=dtype, new_head_seed=seed, vocab_size=self.config.vocab_size)
+        return load_weights(self.folder, self._type, mesh, **options)[:2]
 
     def _shapes(self, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-        definition, abstract = abstract_model(MODEL_TYPES[self.kind], self.config)
+        definition, abstract = abstract_model(self._type, self.config)
         places = param_shardings(definition, abstract, mesh)
         shape = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
         return definition, jax.tree.map(shape, abstract, places)
 
-    def checkpoint(self, run: str | os.PathLike, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-        """Definition and parameters of a run's latest checkpoint, or of the one that is named."""
-        definition, like = self._shapes(mesh)
+    def trained(self, run: str | os.PathLike, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+        """Definition and parameters of a run's latest checkpoint, or of the one that is named, adapters merged."""
         folder, step = find(run)
         if step is None:
             raise InputError(f"{run}: has no whole checkpoint yet; start the same adaptrm train again")
+        definition, params = self.params(mesh, 0, resumed=True)
+        like, frozen = trained_and_frozen(params)
         with Checkpoints(folder, step=step) as checkpoints:
-            return definition, checkpoints.restore_params(like)
+            params = nnx.merge_state(checkpoints.restore_params(like), frozen)
+        return self._without_adapters(definition, params)
+
+    def checkpoint(self, run: str | os.PathLike, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+        """What an export of a run's latest checkpoint, or of the one that is named, holds."""
+        definition, params = self.trained(run, mesh)
+        return definition, self._averaged(params, mesh)
+
+    def exported(self, definition: nnx.GraphDef, params: nnx.State, mesh: Mesh) -> nnx.State:
+        """What an export of trained parameters holds: adapters merged, averaged with the start where options say so."""
+        return self._averaged(self._without_adapters(definition, params)[1], mesh)
+
+    def _without_adapters(self, definition: nnx.GraphDef, params: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
+        return (definition, params) if self.model.lora is None else merged(definition, params)
+
+    def _averaged(self, params: nnx.State, mesh: Mesh) -> nnx.State:
+        """``(1 - w) trained + w start`` (Wortsman et al. 2022, WiSE-FT), but for a head that the start did not have."""
+        if not (share := self.model.average_with_start):
+            return params
+        start = dict(nnx.to_flat_state(self._plain(mesh, 0, "float32")[1]))
+        if self.named is None and not self.folder.is_classifier:
+            start.pop(("score", "weight"), None)
+        mix = jax.jit(lambda trained, start: (1 - share) * trained + share * start, donate_argnums=0)
+        return nnx.from_flat_state(
+            [
+                (path, param.replace(mix(param[...], start.pop(path)[...]) if path in start else param[...]))
+                for path, param in nnx.to_flat_state(params)
+            ]
+        )
+
+
+def _shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def open_run(run: str | os.PathLike) -> Start:
@@ -122,6 +173,9 @@ def start_of(kind: Kind, options: TrainOptions) -> Start:
     """Tokenizer, config, pad token and weights that the options name."""
     if (options.model.pretrained is None) == (options.model.scratch is None):
         raise InputError("give one of model.pretrained (--model) and model.scratch")
+    for name, is_set in (("lora", options.model.lora), ("average_with_start", options.model.average_with_start)):
+        if is_set and options.model.pretrained is None and options.model.checkpoint is None:
+            raise InputError(f"model.{name} needs weights to start from; give model.pretrained (--model)")
     if (scratch := options.model.scratch) is not None:
         chat = ChatTokenizer.from_folder(local_copy(scratch.tokenizer))
         pad = _pad(kind, chat, None)
@@ -129,12 +183,12 @@ def start_of(kind: Kind, options: TrainOptions) -> Start:
         # Tied, as small models are: their vocabulary would be most of their parameters.
         config = ModelConfig(vocab_size=chat.vocab_size, tie_word_embeddings=True, **sizes)
         config.check("model.scratch")
-        return Start(kind, None, chat, config.to_hf(), config, pad, None, options.model.checkpoint)
+        return Start(kind, None, chat, config.to_hf(), config, pad, None, options.model)
     folder = open_folder(options.model.pretrained)
     chat = ChatTokenizer.from_folder(folder.path)
     pad = _pad(kind, chat, folder.pad_token_id if folder.is_classifier else None)
     config = replace(folder.config, vocab_size=max(folder.config.vocab_size, (pad[1] or 0) + 1))
-    return Start(kind, options.model.pretrained, chat, folder.raw, config, pad, folder, options.model.checkpoint)
+    return Start(kind, options.model.pretrained, chat, folder.raw, config, pad, folder, options.model)
 
 
 def _pad(kind: Kind, chat: ChatTokenizer, stored: int | None) -> tuple[str | None, int | None]:

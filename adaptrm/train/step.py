@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from adaptrm.config import LossOptions, OptimizerOptions
+from adaptrm.hf.load import logical_axes
 from adaptrm.models.decoder import Remat
 from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
 from adaptrm.parallel import constrain
@@ -64,27 +65,29 @@ def make_step(
     schedule = learning_rate(optimizer_options, steps)
     parts = optimizer_options.accumulate_steps
 
-    def sums_and_gradient(params, batch):
+    def sums_and_gradient(params, frozen, batch):
         def loss(params):
-            sums = loss_sums(kind, definition, params, batch, answers, dtype, remat, loss_options)
+            whole = nnx.merge_state(params, frozen)
+            sums = loss_sums(kind, definition, whole, batch, answers, dtype, remat, loss_options)
             return sums["loss"], sums
 
         (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return sums, pinned(definition, gradient)
+        return sums, pinned(logical_axes(definition, nnx.merge_state(params, frozen)), gradient)
 
-    def accumulated(params, batch):
+    def accumulated(params, frozen, batch):
         def add(total, part):
             part = {name: constrain(x, "rows", *["tokens"] * (x.ndim - 1)) for name, x in part.items()}
-            return jax.tree.map(jnp.add, total, sums_and_gradient(params, part)), None
+            return jax.tree.map(jnp.add, total, sums_and_gradient(params, frozen, part)), None
 
         # Part i takes rows i, i + parts, ...: of the rows that each device holds an equal share.
         split = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
-        shapes = jax.eval_shape(sums_and_gradient, params, {name: x[0] for name, x in split.items()})
+        shapes = jax.eval_shape(sums_and_gradient, params, frozen, {name: x[0] for name, x in split.items()})
         sums, gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, (sums, pinned(definition, gradient)), split)[0]
+        gradient = pinned(logical_axes(definition, nnx.merge_state(params, frozen)), gradient)
+        return jax.lax.scan(add, (sums, gradient), split)[0]
 
     def step(state: TrainState, batch):
-        sums, grads = (sums_and_gradient if parts == 1 else accumulated)(state.params, batch)
+        sums, grads = (sums_and_gradient if parts == 1 else accumulated)(state.params, state.frozen, batch)
         weight = jnp.maximum(sums["weight"], 1e-9)
         metrics = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
         grads = jax.tree.map(lambda g: g / weight, grads)
@@ -98,6 +101,6 @@ def make_step(
         params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
         skipped = state.skipped + ~finite
         metrics |= {"learning_rate": rate, "grad_norm": norm, "finite": finite, "skipped": skipped}
-        return TrainState(state.step + 1, params, opt_state, skipped), metrics
+        return TrainState(state.step + 1, params, opt_state, skipped, state.frozen), metrics
 
     return jax.jit(step, donate_argnums=0)
