@@ -122,6 +122,16 @@ def test_an_adapter_has_a_label_for_each_rule_of_its_pool(folder):
         step.jitted.lower(*step.arguments)
 
 
+def test_adapters_are_trained_over_a_model_in_the_dtype_of_the_computation(folder):
+    given = options("reward", folder, **{"model.lora.rank": 4, "model.dtype": "bfloat16"})
+    step = train_step("reward", given, tiny_config(), make_mesh())
+    state, _ = step.arguments
+    assert {x.dtype.name for x in jax.tree.leaves(state.frozen)} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
+    with jax.set_mesh(step.mesh):
+        step.jitted.lower(*step.arguments)
+
+
 def test_what_does_not_fit_is_told(folder):
     step = score_step(128, tiny_config(), make_mesh())
     assert not measure(step, replace(CHIPS["v5e"], memory=1000))["fits"]
@@ -138,7 +148,7 @@ HEADERS = {file.stem: re.findall(r"^# Targets.*: (.+)$", file.read_text(), re.M)
 
 
 def test_every_large_config_names_its_targets():
-    large = {name for name in HEADERS if re.search(r"-\d+b$", name)}
+    large = {name for name in HEADERS if re.search(r"-\d+b\b", name)}
     assert large == {name for name, targets in HEADERS.items() if targets}
     eights = {name for name in large if name.startswith("reward-") and name.endswith("-8b")}
     assert len(eights) >= 2
