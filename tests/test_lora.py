@@ -122,6 +122,7 @@ def options(folder: Path, model: dict, **section):
     return parse_options(yaml.safe_load(yaml.safe_dump(given | section)), "test")
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_learns_goes_on_and_is_exported(folder, tmp_path):
     lora = {"lora": {"rank": 4, "alpha": 8.0}}
     run = tmp_path / "run"

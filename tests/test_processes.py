@@ -69,6 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_files_and_figures_of_one(folder, tmp_path):
     (tmp_path / "one").mkdir()
     of_one, _ = run(folder, tmp_path / "one")

@@ -4,17 +4,19 @@ import json
 import re
 import sqlite3
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
+from commands import ENV
 
 from adaptrm import progress as shown
 from adaptrm.config import parse_options
 from adaptrm.errors import InputError
 from adaptrm.train import trackers
-from adaptrm.train.profiler import TRACED, WARM_UP, profiled
+from adaptrm.train.profiler import TRACED, WARM_UP
 from adaptrm.train.trackers import check_trackers, open_metrics, shown_options
 
 SECRET = "a-name-that-nobody-may-see"
@@ -114,19 +116,31 @@ def test_trackio_goes_on_with_the_same_run(tmp_path, monkeypatch, capsys):
     assert told == [(n, pytest.approx(1 / n)) for n in (1, 2, 3, 3, 4, 5)]
 
 
-def test_a_profile_holds_a_trace_of_the_steps_after_the_first_ones(tmp_path, capsys):
-    add = jax.jit(lambda state, batch: (state + batch, state))
-    for calls in (WARM_UP, WARM_UP + 1, WARM_UP + TRACED + 2):
-        folder, state = tmp_path / str(calls), jax.numpy.zeros(8)
-        with profiled(add, folder) as step:
-            for _ in range(calls):
-                state, _ = step(state, 1.0)
-        assert state.tolist() == [calls] * 8
-        traces = list(folder.rglob("*.xplane.pb"))
-        assert len(traces) == (calls > WARM_UP)
-        said = capsys.readouterr().err
-        count = min(calls - WARM_UP, TRACED)
-        assert f"profile of {count} steps: {folder}" in said if count else "no profile: it begins after" in said
+PROFILED = """
+import sys
+from pathlib import Path
+
+import jax
+
+from adaptrm.train.profiler import profiled
+
+add, state = jax.jit(lambda state, batch: (state + batch, state)), jax.numpy.zeros(8)
+with profiled(add, Path(sys.argv[1])) as step:
+    for _ in range(int(sys.argv[2])):
+        state, _ = step(state, 1.0)
+assert state.tolist() == [int(sys.argv[2])] * 8
+"""
+
+
+@pytest.mark.parametrize("calls", [WARM_UP, WARM_UP + 1, WARM_UP + TRACED + 2])
+def test_a_profile_holds_a_trace_of_the_steps_after_the_first_ones(tmp_path, calls):
+    # In a process of its own, as users have it: the profiler traces all threads that a process ever had.
+    command = [sys.executable, "-c", PROFILED, str(tmp_path), str(calls)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == (calls > WARM_UP)
+    count = min(calls - WARM_UP, TRACED)
+    assert f"profile of {count} steps: {tmp_path}" in done.stderr if count else "no profile: it begins" in done.stderr
 
 
 def test_plain_lines_say_rate_and_end_as_soon_as_they_are_known(monkeypatch, capsys):
