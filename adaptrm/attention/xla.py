@@ -5,7 +5,8 @@ block worked out from ``subtree_end`` alone: key block c is visible to query blo
 ``subtree_end`` in c lies beyond b's first query. Differentiated by hand, because a loop whose length depends on the
 data has no automatic reverse.
 
-Shape suffixes: B batch, N blocks, S block size, K kv heads, G query heads a kv head, H head dim.
+Shape suffixes: B batch, T tokens, N blocks, S block size, M query heads, K kv heads, G query heads a kv head,
+X queries of a block by G, H head dim.
 """
 
 from functools import partial
@@ -18,7 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 ATTENTION = "attention"  # names what the backward pass would need a second forward pass for
-BLOCK = 128
+# Tokens in a block. A CPU computes small products as fast as large ones, and smaller blocks hold less that is masked;
+# an accelerator wants its matrix units full and few iterations.
+BLOCK = {"cpu": 64, "default": 128}
 MASKED = -1e30  # finite, so that a query without a visible key in a block gives 0 and not nan
 
 
@@ -27,28 +30,57 @@ def tree_attention(
     k: Float[Array, "batch tokens kv_heads dim"],
     v: Float[Array, "batch tokens kv_heads dim"],
     subtree_end: Int32[Array, "batch tokens"],
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "batch tokens heads dim"]:
-    """Attention along the paths of packed prefix trees; accumulates in float32, result in q's dtype."""
-    batch, tokens, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    block = min(block, -(-tokens // 8) * 8)
-    missing = -tokens % block
-    if missing:
-        fill = lambda x: jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))  # noqa: E731
-        q, k, v = fill(q), fill(k), fill(v)
-        own = jnp.broadcast_to(jnp.arange(tokens + 1, tokens + missing + 1, dtype=jnp.int32), (batch, missing))
-        subtree_end = jnp.concatenate([subtree_end, own], axis=1)
-    count = (tokens + missing) // block
-    q_BNKXH = (
-        q.reshape(batch, count, block, kv_heads, heads // kv_heads, dim)
-        .transpose(0, 1, 3, 4, 2, 5)
-        .reshape(batch, count, kv_heads, -1, dim)
-    )
-    split = lambda x: x.reshape(batch, count, block, kv_heads, dim).transpose(0, 1, 3, 2, 4)  # noqa: E731
-    out = _attend(q_BNKXH, split(k), split(v), subtree_end.reshape(batch, count, block))
-    out = out.reshape(batch, count, kv_heads, heads // kv_heads, block, dim).transpose(0, 1, 4, 2, 3, 5)
-    return out.reshape(batch, tokens + missing, heads, dim)[:, :tokens]
+    """Attention along the paths of packed prefix trees; accumulates in float32, result in q's dtype.
+
+    Args:
+        block: tokens in a block; ``BLOCK`` of the platform that the program is compiled for if not given.
+    """
+    return _attend(q, k, v, subtree_end, block)
+
+
+def _compiled(function, block: int | None, *arrays):
+    """The function's result, with the given block size or the platform's own."""
+    if block is not None:
+        return function(*arrays, block=block)
+    return lax.platform_dependent(*arrays, **{name: partial(function, block=size) for name, size in BLOCK.items()})
+
+
+def _pad(x_BT: Array, block: int) -> Array:
+    """Rows filled up to whole blocks, with zeros after the tokens."""
+    return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % block), *[(0, 0)] * (x_BT.ndim - 2)))
+
+
+def _key_blocks(x_BTKH: Array, block: int) -> Float[Array, "batch blocks kv_heads size dim"]:
+    x_BTKH = _pad(x_BTKH, block)
+    return x_BTKH.reshape(len(x_BTKH), -1, block, *x_BTKH.shape[2:]).transpose(0, 1, 3, 2, 4)
+
+
+def _query_blocks(x_BTMH: Array, kv_heads: int, block: int) -> Float[Array, "batch blocks kv_heads group_size dim"]:
+    """The query heads of a kv head stand side by side, so that one product serves them all."""
+    x_BTMH = _pad(x_BTMH, block)
+    batch, tokens, _, dim = x_BTMH.shape
+    x_BNSKGH = x_BTMH.reshape(batch, tokens // block, block, kv_heads, -1, dim)
+    return x_BNSKGH.transpose(0, 1, 3, 4, 2, 5).reshape(batch, tokens // block, kv_heads, -1, dim)
+
+
+def _tokens_of_keys(x_BNKSH: Array, tokens: int) -> Float[Array, "batch tokens kv_heads dim"]:
+    batch, _, kv_heads, _, dim = x_BNKSH.shape
+    return x_BNKSH.transpose(0, 1, 3, 2, 4).reshape(batch, -1, kv_heads, dim)[:, :tokens]
+
+
+def _tokens_of_queries(x_BNKXH: Array, tokens: int, block: int) -> Float[Array, "batch tokens heads dim"]:
+    batch, count, kv_heads, _, dim = x_BNKXH.shape
+    x_BNKGSH = x_BNKXH.reshape(batch, count, kv_heads, -1, block, dim)
+    return x_BNKGSH.transpose(0, 1, 4, 2, 3, 5).reshape(batch, count * block, -1, dim)[:, :tokens]
+
+
+def _end_blocks(subtree_end_BT: Array, block: int) -> Int32[Array, "batch blocks size"]:
+    """Padding sees itself alone, so that every query has a visible key."""
+    batch, tokens = subtree_end_BT.shape
+    index = jnp.arange(tokens + -tokens % block, dtype=jnp.int32)
+    return jnp.where(index < tokens, _pad(subtree_end_BT, block), index + 1).reshape(batch, -1, block)
 
 
 def _visible_blocks(end_NS: Int32[Array, "blocks size"]) -> tuple[Array, Array]:
@@ -70,13 +102,10 @@ def _logits(q_KXH, k_KSH, end_S, query_block, key_block):
     return jnp.where(sees, logits.reshape(kv_heads, -1, size, size), MASKED)
 
 
-@jax.custom_vjp
-def _attend(q, k, v, end):
-    return _forward(q, k, v, end)[0]
-
-
-def _forward(q_BNKXH, k_BNKSH, v_BNKSH, end_BNS):
-    kv_heads, _, dim = q_BNKXH.shape[2:]
+def _attended(q_BTMH, k_BTKH, v_BTKH, end_BT, block):
+    """Outputs [batch, tokens, heads, dim] and the logarithms of the softmax's sums [batch, tokens, heads, 1]."""
+    tokens, kv_heads, dim = k_BTKH.shape[1:]
+    block = min(block, -(-tokens // 8) * 8)
 
     def row(args):
         q_NKXH, k_NKSH, v_NKSH, end_NS = args
@@ -100,34 +129,37 @@ def _forward(q_BNKXH, k_BNKSH, v_BNKSH, end_BNS):
             shape = q_KXH.shape[:2]
             start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, dim)))
             top, total, out = lax.fori_loop(0, counts[b], key_block, start)
-            return (out / total[..., None]).astype(q_KXH.dtype), top + jnp.log(total)
+            return (out / total[..., None]).astype(q_KXH.dtype), (top + jnp.log(total))[..., None]
 
         return lax.map(query_block, (jnp.arange(len(q_NKXH)), q_NKXH))
 
-    out, log_total = checkpoint_name(lax.map(row, (q_BNKXH, k_BNKSH, v_BNKSH, end_BNS)), ATTENTION)
-    return out, (q_BNKXH, k_BNKSH, v_BNKSH, end_BNS, out, log_total)
+    keys, values = _key_blocks(k_BTKH, block), _key_blocks(v_BTKH, block)
+    found = lax.map(row, (_query_blocks(q_BTMH, kv_heads, block), keys, values, _end_blocks(end_BT, block)))
+    return tuple(_tokens_of_queries(x, tokens, block) for x in found)
 
 
-def _backward(saved, grad_out):
-    q_BNKXH, k_BNKSH, v_BNKSH, end_BNS, out_BNKXH, log_total_BNKX = saved
-    scale = q_BNKXH.shape[-1] ** -0.5
+def _gradients(q_BTMH, k_BTKH, v_BTKH, end_BT, out_BTMH, log_total_BTM1, grad_BTMH, block):
+    """Gradients of queries, keys and values."""
+    tokens, kv_heads, dim = k_BTKH.shape[1:]
+    block = min(block, -(-tokens // 8) * 8)
+    scale = dim**-0.5
     # sum over h of out * d out: the softmax's own term (Dao et al. 2022, appendix B).
-    delta_BNKX = jnp.einsum("bnkxh,bnkxh->bnkx", out_BNKXH.astype(jnp.float32), grad_out.astype(jnp.float32))
+    delta_BTM1 = (out_BTMH.astype(jnp.float32) * grad_BTMH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
 
     def row(args):
-        q_NKXH, k_NKSH, v_NKSH, end_NS, log_total_NKX, delta_NKX, grad_NKXH = args
+        q_NKXH, k_NKSH, v_NKSH, end_NS, log_total_NKX1, delta_NKX1, grad_NKXH = args
         counts, order = _visible_blocks(end_NS)
 
         def query_block(carry, args):
-            b, q_KXH, log_total_KX, delta_KX, grad_KXH = args
+            b, q_KXH, log_total_KX1, delta_KX1, grad_KXH = args
 
             def key_block(j, carry):
                 dq, dk, dv = carry
                 c = order[b, j]
                 logits = _logits(q_KXH, k_NKSH[c], end_NS[c], b, c).reshape(*q_KXH.shape[:2], -1)
-                weights = jnp.where(logits > MASKED / 2, jnp.exp(logits - log_total_KX[..., None]), 0.0)
+                weights = jnp.where(logits > MASKED / 2, jnp.exp(logits - log_total_KX1), 0.0)
                 dweights = jnp.einsum("kxh,ksh->kxs", grad_KXH, v_NKSH[c], preferred_element_type=jnp.float32)
-                dlogits = (weights * (dweights - delta_KX[..., None]) * scale).astype(q_KXH.dtype)
+                dlogits = (weights * (dweights - delta_KX1) * scale).astype(q_KXH.dtype)
                 weights = weights.astype(q_KXH.dtype)
                 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
                 dq = dq + product("kxs,ksh->kxh", dlogits, k_NKSH[c])
@@ -140,11 +172,29 @@ def _backward(saved, grad_out):
 
         zeros = (jnp.zeros(k_NKSH.shape, jnp.float32), jnp.zeros(v_NKSH.shape, jnp.float32))
         blocks = jnp.arange(len(q_NKXH))
-        (dk, dv), dq = lax.scan(query_block, zeros, (blocks, q_NKXH, log_total_NKX, delta_NKX, grad_NKXH))
+        (dk, dv), dq = lax.scan(query_block, zeros, (blocks, q_NKXH, log_total_NKX1, delta_NKX1, grad_NKXH))
         return dq.astype(q_NKXH.dtype), dk.astype(k_NKSH.dtype), dv.astype(v_NKSH.dtype)
 
-    dq, dk, dv = lax.map(row, (q_BNKXH, k_BNKSH, v_BNKSH, end_BNS, log_total_BNKX, delta_BNKX, grad_out))
-    return dq, dk, dv, np.zeros(end_BNS.shape, jax.dtypes.float0)
+    keys, values = _key_blocks(k_BTKH, block), _key_blocks(v_BTKH, block)
+    query_side = q_BTMH, log_total_BTM1, delta_BTM1, grad_BTMH
+    q, log_total, delta, grad = (_query_blocks(x, kv_heads, block) for x in query_side)
+    dq, dk, dv = lax.map(row, (q, keys, values, _end_blocks(end_BT, block), log_total, delta, grad))
+    return _tokens_of_queries(dq, tokens, block), _tokens_of_keys(dk, tokens), _tokens_of_keys(dv, tokens)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, end, block):
+    return _forward(q, k, v, end, block)[0]
+
+
+def _forward(q, k, v, end, block):
+    out, log_total = checkpoint_name(_compiled(_attended, block, q, k, v, end), ATTENTION)
+    return out, (q, k, v, end, out, log_total)
+
+
+def _backward(block, saved, grad_out):
+    end = saved[3]
+    return *_compiled(_gradients, block, *saved, grad_out), np.zeros(end.shape, jax.dtypes.float0)
 
 
 _attend.defvjp(_forward, _backward)
