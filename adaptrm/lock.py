@@ -39,8 +39,8 @@ def _file_lock(folder: str | PathLike) -> Iterator[None]:
     lock = FileLock(paths.here(folder) / LOCK, blocking=False)
     try:
         lock.acquire()
-    except Timeout:
-        raise InputError(f"{folder}: {HELD}") from None
+    except Timeout:  # a lock on NFS may outlive its machine
+        raise InputError(f"{folder}: {HELD}; if none runs, delete {paths.join(folder, LOCK)}") from None
     except OSError as wrong:
         raise InputError(f"{folder}: cannot be written: {wrong.strerror or wrong}; give another --out") from None
     try:

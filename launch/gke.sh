@@ -9,7 +9,7 @@ NAME=${NAME:-adaptrm}
 SOURCE=${SOURCE:-}          # what pip installs in each pod: git+https://HOST/OWNER/adaptrm@REF
 IMAGE=${IMAGE:-python:3.12} # any with Python 3.11 or later, pip and git
 CLAIM=${CLAIM:-adaptrm}     # ReadWriteMany volume claim for runs and data; each pod sees it at /shared
-RESTARTS=${RESTARTS:-20}    # after exit code 75, which says: stopped early, safe to start again
+RESTARTS=${RESTARTS:-20}    # after any exit code but 0 and 2, which is bad input
 # On TPUs: slices, and per slice its type, topology, hosts and chips a host.
 SLICES=${SLICES:-1}
 TPU=${TPU:-tpu-v5p-slice}
@@ -27,17 +27,21 @@ if (($# == 0)) || [[ -z $SOURCE ]] || [[ $ON != tpu && $ON != gpu ]]; then
   exit 2
 fi
 
-# What the two differ in. The environment names the processes: GKE's of TPUs, ours of GPUs.
+# What the two differ in. The environment names the processes: GKE's of TPUs, ours of GPUs. JAX_PLATFORMS: jax is to
+# fail where it finds no device, not to train on the CPU. LD_LIBRARY_PATH: where GKE puts the driver.
 if [[ $ON == tpu ]]; then
   extra=tpu replicas=$SLICES pods=$HOSTS limit="google.com/tpu: $CHIPS"
   selector="cloud.google.com/gke-tpu-accelerator: $TPU
                 cloud.google.com/gke-tpu-topology: $TOPOLOGY"
-  environment=" []"
+  environment="
+                    - {name: JAX_PLATFORMS, value: tpu}"
   annotations="{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}" # one slice a node pool
 else
   extra=cuda replicas=1 pods=$NODES limit="nvidia.com/gpu: $GPUS"
   selector="cloud.google.com/gke-accelerator: $GPU"
   environment="
+                    - {name: JAX_PLATFORMS, value: cuda}
+                    - {name: LD_LIBRARY_PATH, value: /usr/local/nvidia/lib64}
                     - {name: JAX_COORDINATOR_ADDRESS, value: \"$NAME-hosts-0-0.$NAME:8476\"}
                     - {name: JAX_NUM_PROCESSES, value: \"$NODES\"}
                     - name: JAX_PROCESS_ID
@@ -66,8 +70,9 @@ spec:
   failurePolicy:
     maxRestarts: $RESTARTS
     rules:
-      # A Job that failed by its pod policy below had another exit code than 75.
-      - name: notSafeToStartAgain
+      # A Job that its pod policy below has failed had bad input. All else starts again: jax ends the peers of a process
+      # that has ended, with codes of their own.
+      - name: badInput
         action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
@@ -81,11 +86,14 @@ spec:
           backoffLimit: 0
           podFailurePolicy:
             rules:
+              - action: Count
+                onPodConditions:
+                  - type: DisruptionTarget
               - action: FailJob
                 onExitCodes:
                   containerName: adaptrm
-                  operator: NotIn
-                  values: [75]
+                  operator: In
+                  values: [2]
           template:
             spec:
               restartPolicy: Never
@@ -98,7 +106,7 @@ spec:
                   command:
                     - bash
                     - -c
-                    - pip install -q "adaptrm[$extra] @ $SOURCE" && exec "\$@"
+                    - pip install -q "adaptrm[$extra] @ $SOURCE" || exit 1; exec "\$@"
                     - host
                   args:$(words "$@")
                   env:$environment

