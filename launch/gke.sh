@@ -86,6 +86,7 @@ spec:
           backoffLimit: 0
           podFailurePolicy:
             rules:
+              # That a machine is taken away is no bad input, whatever the exit code.
               - action: Count
                 onPodConditions:
                   - type: DisruptionTarget

@@ -86,18 +86,21 @@ def test_a_host_that_cannot_install_had_no_bad_input(tmp_path):
 
 # Counts its starts, and saves when it is told to stop.
 SAVES = """
-echo "start of $1" | tee -a starts
 trap 'echo saved; exit 75' TERM
-until [ -e ended ]; do sleep 0.1; done
+echo "start of $1" | tee -a starts
+for ((i = 0; i < 600; i++)); do
+  [ -e ended ] && exit 0
+  sleep 0.1
+done
+exit 1
 """
 
 
-def connected(tmp_path: Path, *command: str) -> subprocess.Popen:
+def connected(tmp_path: Path, word: str) -> subprocess.Popen:
     environment = programs(tmp_path, python3="exit 0", adaptrm=SAVES)
-    given = ["bash", "-c", on_a_host("adaptrm", *command)]
+    given = ["bash", "-c", on_a_host("adaptrm", word)]
     process = subprocess.Popen(given, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True)
-    while command[0] not in ((tmp_path / "starts").read_text() if (tmp_path / "starts").exists() else ""):
-        time.sleep(0.05)
+    assert process.stdout.readline().decode() == f"start of {word}\n"
     return process
 
 
@@ -105,7 +108,6 @@ def test_a_host_goes_on_without_its_connection_and_is_found_again(tmp_path):
     first = connected(tmp_path, "one")
     os.killpg(first.pid, signal.SIGKILL)
     again = connected(tmp_path, "one")
-    assert again.stdout.readline() == b"start of one\n"
     (tmp_path / "ended").touch()
     assert again.wait(timeout=30) == 0
     assert again.stdout.read().endswith(b": exit code 0\n")
@@ -157,7 +159,7 @@ exit $((code ? 143 : 0))
     [
         ("((SLURM_PROCID)) && exit 75; exec sleep 100", "0", 75, True),
         ("((SLURM_PROCID)) && exit 75; exec sleep 100", "20", 75, False),
-        ("((SLURM_PROCID)) && exit 2; trap 'exit 75' TERM; while true; do sleep 0.1; done", "0", 2, False),
+        ("((SLURM_PROCID)) && exit 2; trap 'exit 75' TERM; for i in {1..600}; do sleep 0.1; done", "0", 2, False),
         ("((SLURM_PROCID)) && exit 134; exec sleep 100", "0", 143, False),
         ("exit 0", "0", 0, False),
     ],
@@ -177,7 +179,7 @@ def test_slurm_requeues_on_75_alone(tmp_path, task, restarts, code, requeued):
 @pytest.mark.parametrize("group", ["", "-"], ids=["first process", "all processes"])
 def test_a_task_of_slurm_that_is_told_to_stop_saves_first(tmp_path, group):
     """Slurm tells the shell around the command, and on some clusters both."""
-    saves = "trap 'sleep 0.5; touch saved; exit 75' TERM; touch started; while true; do sleep 0.1; done"
+    saves = "trap 'sleep 0.5; touch saved; exit 75' TERM; touch started; for i in {1..600}; do sleep 0.1; done"
     tells = f'shift 2; set -m; "$@" & until [ -e started ]; do sleep 0.1; done; kill -- {group}$!; wait $!'
     environment = programs(tmp_path, srun=tells, scontrol="touch requeued", adaptrm=saves) | {"SLURM_JOB_ID": "7"}
     script = ["bash", str(LAUNCH / "slurm.sh"), "adaptrm"]
@@ -305,7 +307,8 @@ def test_local_processes_are_numbered_and_the_first_talks():
 @pytest.mark.parametrize("code", [1, 2, 137])
 def test_the_local_launcher_gives_the_exit_code_of_what_failed_and_ends_the_others(tmp_path, code):
     start = time.monotonic()
-    done = local(f"touch {tmp_path}/$JAX_PROCESS_ID; if ((JAX_PROCESS_ID)); then exit {code}; fi; exec sleep 1000")
+    fails = f"until [ -e {tmp_path}/0 ]; do sleep 0.1; done; exit {code}"
+    done = local(f"touch {tmp_path}/$JAX_PROCESS_ID; if ((JAX_PROCESS_ID)); then {fails}; fi; exec sleep 1000")
     assert done.returncode == code
     assert time.monotonic() - start < 30
     assert len(list(tmp_path.iterdir())) == 2
