@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -11,6 +13,7 @@ import typer
 
 from adaptrm import __version__
 from adaptrm.errors import RESTART, InputError, Stopped, printable
+from adaptrm.preemption import stops_at_once
 from adaptrm.watchdog import watching
 
 app = typer.Typer(
@@ -339,26 +342,45 @@ def version(
 def main() -> None:
     """Entry point: bad input is one line and exit code 2; what was told to stop, one line and 75."""
     try:
-        app()
+        with stops_at_once(), _ended_together():
+            app()
     except InputError as wrong:
         print(f"adaptrm: {wrong}", file=sys.stderr)
         leave(2)
     except Stopped as stopped:
         print(f"adaptrm: {stopped}", file=sys.stderr)
-        import jax
-
         try:
-            jax.distributed.shutdown()  # all processes stop together: none may see another vanish
+            if _joined():
+                sys.modules["jax"].distributed.shutdown()  # all stop together: none may see another vanish
         finally:
             leave(RESTART)
     except Exception as failed:
         if type(failed).__name__ == "TrainingFailed":  # its module imports jax; its name does not
             print(f"adaptrm: {failed}", file=sys.stderr)
             leave(1)
-        if "jax" not in sys.modules or not sys.modules["jax"].distributed.is_initialized():
+        if not _joined():
             raise
         traceback.print_exc()
         leave(1)
+
+
+@contextmanager
+def _ended_together() -> Iterator[None]:
+    """Several processes end well when the last of them does: jax's orderly end gives up on it after five minutes."""
+    try:
+        yield
+    except SystemExit as ended:
+        if not ended.code and _joined():
+            from adaptrm.parallel.distributed import wait_for_all
+
+            wait_for_all()
+        raise
+
+
+def _joined() -> bool:
+    """Whether this is one of several processes."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def leave(code: int) -> None:

@@ -44,16 +44,35 @@ def in_process(monkeypatch, capsys, *args: Any) -> tuple[int, str, str]:
     return (0 if code is None else code, *capsys.readouterr())
 
 
-def kill_when(ready: Callable[[], bool], *args: Any) -> None:
-    """Start a command and ``kill -9`` it as soon as ``ready`` says so; it must not have ended before."""
+def kill_when(ready: Callable[[], bool], *args: Any, by: int = signal.SIGKILL, code: int = -signal.SIGKILL) -> None:
+    """Start a command and ``kill -9`` it as soon as ``ready`` says so; it must not have ended before.
+
+    Args:
+        by, code: another signal, and how it ends then.
+    """
     process = subprocess.Popen(
         [ADAPTRM, *map(str, args)], env=ENV | QUICK, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 300
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    process.send_signal(by)
+    assert process.wait(timeout=60) == code, "it ended before it was killed"
+
+
+def start_together(*command: Any, count: int = 2) -> list[subprocess.Popen]:
+    """A command as several processes of one program; of one it is alone."""
+    several = {"JAX_NUM_PROCESSES": str(count), "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
+    return [
+        subprocess.Popen(
+            [*map(str, command)],
+            env=ENV | QUICK | (several | {"JAX_PROCESS_ID": str(number)} if count > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

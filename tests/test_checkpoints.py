@@ -34,10 +34,11 @@ def state(step: int) -> TrainState:
     return TrainState(jnp.int32(step), params, (jnp.full(4, -step, jnp.float32),), jnp.int32(0))
 
 
-def save(folder: str | Path, options: CheckpointOptions, scores: dict[int, float | None]) -> None:
+def save(folder: str | Path, options: CheckpointOptions, steps: list[int], scores: dict[int, float] | None = None):
+    """Save steps; of the scores of a run those are known that are not of later steps."""
     with Checkpoints(folder, options, "reward: {}\n") as checkpoints:
-        for step, score in scores.items():
-            checkpoints.save(step, state(step), score)
+        for step in steps:
+            checkpoints.save(step, state(step), {n: score for n, score in (scores or {}).items() if n <= step})
 
 
 def kept(folder: str | Path) -> list[int]:
@@ -53,18 +54,29 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_the_newest_few_and_the_best_are_kept(folder):
     options = CheckpointOptions(keep=2, keep_best=True)
-    save(folder, options, {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.8, 6: None})
+    scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.8}
+    save(folder, options, [1, 2, 3, 4, 5, 6], scores)
     assert kept(folder) == [4, 5, 6]  # of two that are equally good the newer one
-    save(folder, options, {7: 0.1, 8: 0.95})  # a run that goes on still knows which was best
+    scores |= {7: 0.1, 8: 0.95}
+    save(folder, options, [7, 8], scores)  # a run that goes on still knows which was best
     assert kept(folder) == [7, 8]
-    save(folder, options, {9: 0.3, 10: 0.2})
+    scores |= {9: 0.3, 10: 0.2}
+    save(folder, options, [9, 10], scores)
     assert kept(folder) == [8, 9, 10]
-    save(folder, CheckpointOptions(keep=1), {11: 0.0})
+    save(folder, CheckpointOptions(keep=1), [11], scores)
     assert kept(folder) == [11]
 
 
+def test_the_best_is_kept_whose_score_is_known_only_after_it_was_saved(folder):
+    options = CheckpointOptions(keep=1, keep_best=True)
+    save(folder, options, [1, 2], {1: 0.5})  # stopped after step 2, before that was measured
+    scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.6}
+    save(folder, options, [3, 4], scores)
+    assert kept(folder) == [2, 4]
+
+
 def test_a_checkpoint_holds_the_config_of_its_run(folder):
-    save(folder, CheckpointOptions(), {3: None})
+    save(folder, CheckpointOptions(), [3])
     assert stored_config(f"{folder}/3") == "reward: {}\n"
     assert find(f"{folder}/3") == (folder, 3)
     for none in (folder, f"{folder}/4"):
@@ -103,7 +115,7 @@ def in_progress(folder: Path, step: int) -> None:
 @pytest.mark.parametrize("torn", [unfinished, not_committed, cut_off, emptied, in_progress])
 def test_what_is_not_whole_is_never_picked_up(tmp_path, torn, capsys):
     folder, options = tmp_path / "checkpoints", CheckpointOptions(keep=2)
-    save(folder, options, {1: None, 2: None})
+    save(folder, options, [1, 2])
     torn(folder, 3)
     assert latest_step(folder) == 2
     with Checkpoints(folder) as reader:  # looks, and touches nothing
@@ -115,8 +127,8 @@ def test_what_is_not_whole_is_never_picked_up(tmp_path, torn, capsys):
         assert checkpoints.step == 2
         restored = checkpoints.restore(state(0))
         assert (int(restored.step), restored.opt_state[0][0]) == (2, -2)
-        checkpoints.save(3, state(3))  # its place is free again
-        checkpoints.save(4, state(4))
+        checkpoints.save(3, state(3), {})  # its place is free again
+        checkpoints.save(4, state(4), {})
     said = f"{folder}/3: is no whole checkpoint; not used, now 3.torn" in capsys.readouterr().err
     assert said == (torn is not in_progress)
     assert {path.name for path in folder.iterdir()} == {"3", "4"} | ({"3.torn"} if said else set())
@@ -125,14 +137,14 @@ def test_what_is_not_whole_is_never_picked_up(tmp_path, torn, capsys):
 
 def test_a_deletion_that_was_cut_off_is_finished(tmp_path):
     options = CheckpointOptions(keep=2)
-    save(tmp_path, options, {1: None, 2: None})
+    save(tmp_path, options, [1, 2])
     (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()
-    save(tmp_path, options, {3: None})
+    save(tmp_path, options, [3])
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
 
 
 def test_a_broken_checkpoint_is_one_line(tmp_path):
-    save(tmp_path, CheckpointOptions(), {1: None, 2: None})
+    save(tmp_path, CheckpointOptions(), [1, 2])
     for file in (tmp_path / "2" / "params").rglob("*"):
         if file.is_file() and file.name != "_METADATA":
             file.write_bytes(b"\0" * file.stat().st_size)
@@ -144,20 +156,20 @@ def test_a_broken_checkpoint_is_one_line(tmp_path):
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     """No file may have more than 100 bytes: what a full disk looks like to who writes."""
     folder, options = tmp_path / "checkpoints", CheckpointOptions(keep=1)
-    save(folder, options, {1: None})
+    save(folder, options, [1])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     message = rf"^{folder}: a checkpoint cannot be written: File too large; free space or change --out$"
     with pytest.raises(InputError, match=message), Checkpoints(folder, options) as checkpoints:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         try:
-            checkpoints.save(2, state(2))
-            checkpoints.save(3, state(3))
+            checkpoints.save(2, state(2), {})
+            checkpoints.save(3, state(3), {})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with Checkpoints(folder, options) as checkpoints:
         assert checkpoints.step == 1
         assert int(checkpoints.restore(state(0)).step) == 1
-        checkpoints.save(2, state(2))
+        checkpoints.save(2, state(2), {})
     assert kept(folder) == [2]
 
 

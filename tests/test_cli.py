@@ -213,7 +213,7 @@ def test_dotted_options():
 # DESIGN.md section 2: imports go one way. What stands in one line does not import each other.
 LAYERS = [
     ["errors", "prefix_tree"],
-    ["paths", "yaml_text", "progress", "watchdog"],  # raise and show what errors defines
+    ["paths", "yaml_text", "progress", "watchdog", "preemption"],  # raise and show what errors defines
     ["config", "lock"],  # read through them
     ["attention", "parallel"],
     ["models"],

@@ -2,15 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from commands import ADAPTRM, ENV, free_port
+from commands import ADAPTRM, ENV, free_port, start_together
 
 from adaptrm.errors import RESTART, InputError
 from adaptrm.parallel.distributed import Processes, find_processes, start_processes
@@ -193,3 +195,78 @@ def test_what_processes_tell_each_other_arrives_bit_for_bit():
     said = [process.communicate(timeout=120)[0].decode().splitlines()[-1] for process in both]
     expected = np.stack([np.array([[1 / 3, np.nan], [i, 5e-324]]) for i in range(2)])
     assert said == [f"{expected.tobytes().hex()} ['x', 'xxxxxxxxxx']"] * 2
+
+
+# The second process waits in C++ for the first, which sleeps.
+WAITS = """
+import sys, time, numpy as np
+from adaptrm.parallel.distributed import gathered, start_processes
+start_processes()
+import jax
+print("here", flush=True)
+time.sleep(300) if jax.process_index() == 0 else gathered(np.zeros(1))
+"""
+
+
+def are_here(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        assert "here\n" in iter(process.stdout.readline, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_process_ends_all_of_them_at_once(told):
+    both = start_together(sys.executable, "-c", WAITS)
+    are_here(both)
+    both[told].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=30)[1] for process in both]
+    line = "adaptrm: stopped by SIGTERM; what was saved is kept; start the same command again to go on\n"
+    assert [process.returncode for process in both] == [RESTART] * 2 and said == [line] * 2
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_process_that_waits_for_the_others_ends_it_at_once():
+    first, second = both = start_together(sys.executable, "-c", WAITS)
+    are_here(both)
+    second.kill()
+    time.sleep(1)
+    first.send_signal(signal.SIGTERM)
+    assert "adaptrm: stopped by SIGTERM" in first.communicate(timeout=30)[1]
+    assert first.returncode == RESTART
+    second.communicate()
+
+
+# Processes that are not in step ask so often, until they are told to stop; or leave, each when it likes.
+ASKS = """
+import sys, time
+from adaptrm.errors import Stopped
+from adaptrm.parallel.distributed import start_processes
+from adaptrm.train.preemption import stops_when_asked
+start_processes()
+import jax
+asked, most = 1, int(sys.argv[1])
+try:
+    with stops_when_asked() as told:
+        print("here", flush=True)
+        while not told() and asked < most:
+            asked += 1
+            time.sleep(0.02 * (1 + jax.process_index()))
+        if asked == most:
+            time.sleep(3)
+        print(asked, flush=True)
+except Stopped:
+    print("stopped", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [10**9, 5])
+def test_processes_that_ask_stop_at_the_same_question_or_behind_the_last(most):
+    both = start_together(sys.executable, "-c", ASKS, most)
+    are_here(both)
+    time.sleep(1)
+    both[1].send_signal(signal.SIGTERM)
+    one, other = ([*process.communicate(timeout=60), process.returncode] for process in both)
+    assert one == other and one[2] == 0 and one[1] == ""
+    asked, *rest = one[0].splitlines()
+    assert rest == ["stopped"] and (int(asked) == 5) == (most == 5)

@@ -1,6 +1,8 @@
 """Held-out evaluation inside a run: what it says, that it goes on after a kill, and stopping early."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +12,9 @@ from commands import CLOCKED, pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs
 
 from adaptrm.config import EvaluationOptions, parse_options
-from adaptrm.errors import InputError
+from adaptrm.errors import InputError, Stopped
 from adaptrm.reward_model import RewardModel
+from adaptrm.train import evaluation
 from adaptrm.train.evaluation import Evaluations, held_out_data
 from adaptrm.train.run import train
 
@@ -113,7 +116,7 @@ def test_enough_is_so_many_without_a_better_one(accuracies, enough):
     held_out = SimpleNamespace(options=EvaluationOptions(pairs="x", stop_after=2))
     told = [{"step": 2 * at, "evaluation/accuracy": value} for at, value in enumerate(accuracies)]
     told.insert(1, {"step": 1, "loss": 0.7})
-    assert Evaluations(held_out, told, 99, None).enough == enough
+    assert Evaluations(held_out, told, 99, None, lambda: False).enough == enough
 
 
 @pytest.mark.parametrize(
@@ -142,3 +145,31 @@ def test_the_best_checkpoint_is_kept(made, tmp_path):
     first_choice = max(told, key=lambda step: (told[step], step))
     kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert kept == {first_choice, 8}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stop_breaks_an_evaluation_off_and_it_is_made_again(made, run, tmp_path, monkeypatch, number):
+    """SIGTERM in the middle of an evaluation: of the first, before any step, and of that after step 2."""
+    real, calls = evaluation.device_batches, []
+
+    def terminated(*given):
+        calls.append(given)
+        for batch in real(*given):
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(evaluation, "device_batches", terminated)
+    with pytest.raises(Stopped) as stopped:
+        train("reward", options(made), tmp_path / "run")
+    if number == 1:
+        assert str(stopped.value).startswith("stopped by SIGTERM; what was saved is kept; start")
+        assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    else:
+        assert str(stopped.value).startswith("stopped by SIGTERM after step 2 of 4, saved; start")
+        assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert [line["step"] for line in lines(tmp_path / "run", True)] == [0][: number - 1]
+    train("reward", options(made), tmp_path / "run")
+    for held_out in (True, False):
+        told = [[numbers(line) for line in lines(folder, held_out)] for folder in (tmp_path / "run", run)]
+        assert told[0] == told[1]

@@ -13,8 +13,8 @@ import commands
 import numpy as np
 import pytest
 import yaml
-from commands import ADAPTRM, ENV, QUICK, adaptrm, kill_when, losses, pair_rows, write_rows
-from tiny import tiny_causal_lm, tiny_pairs
+from commands import ADAPTRM, ENV, QUICK, adaptrm, kill_when, losses, pair_rows, start_together, write_rows
+from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
 from adaptrm.train.checkpoint import latest_step
 
@@ -84,19 +84,7 @@ def made(tmp_path_factory) -> Path:
 
 def stopped_by_sigterm(made: Path, run: Path, processes: int = 1) -> None:
     """Start a run, and send SIGTERM to its last process after some steps; all of them end with 75, saved."""
-    several = {
-        "JAX_NUM_PROCESSES": str(processes),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{12000 + os.getpid() % 9000}",
-    }
-    started = [
-        subprocess.Popen(
-            [ADAPTRM, "train", "reward", str(made / "config.yaml"), "--out", str(run)],
-            env=ENV | QUICK | (several | {"JAX_PROCESS_ID": str(number)} if processes > 1 else {}),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(processes)
-    ]
+    started = start_together(ADAPTRM, "train", "reward", made / "config.yaml", "--out", run, count=processes)
     deadline = time.monotonic() + 300
     while lines(run) < 5 and time.monotonic() < deadline and started[0].poll() is None:
         time.sleep(0.001)
@@ -147,6 +135,30 @@ def test_two_processes_stop_together_and_one_goes_on(made, tmp_path):
     stopped_by_sigterm(made, run, processes=2)
     adaptrm("train", "reward", made / "config.yaml", "--out", run)
     assert_close(run, made / "straight")
+
+
+def test_two_processes_that_score_stop_at_once_and_go_on(tmp_path):
+    tiny_causal_lm(tmp_path / "lm")
+    (tmp_path / "pool.yaml").write_text(tiny_pool().to_yaml())
+    write_rows(tmp_path / "pairs.jsonl", pair_rows(tiny_pairs(40)))
+    given = ("--pairs", tmp_path / "pairs.jsonl", "--judge", tmp_path / "lm", "--rules", tmp_path / "pool.yaml")
+    command = ("score", *given, "--part-size", 2)
+    one, two = tmp_path / "one", tmp_path / "two"
+    adaptrm(*command, "--out", one)
+    for told in (0, 1):
+        before = len(list(two.glob("part-*.parquet")))
+        started = start_together(ADAPTRM, *command, "--out", two)
+        deadline = time.monotonic() + 300
+        while len(list(two.glob("part-*.parquet"))) < before + 4 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        started[told].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=30)[1] for process in started]
+        assert [process.returncode for process in started] == [75] * 2, said
+        assert all("adaptrm: stopped by SIGTERM; what was saved is kept; start" in text for text in said)
+    assert len(list(two.glob("part-*.parquet"))) < 20
+    adaptrm(*command, "--out", two, prefix=("bash", str(LAUNCHER)))
+    files = [{file.name: file.read_bytes() for file in out.iterdir() if file.name != ".lock"} for out in (one, two)]
+    assert files[0] == files[1]
 
 
 def test_a_process_that_waits_for_one_that_hangs_ends_by_its_watchdog(made, tmp_path):

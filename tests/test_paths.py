@@ -112,7 +112,7 @@ def test_a_full_disk_is_one_line(made, tmp_path, kind):
         message = rf"^{folder}/checkpoints: a checkpoint cannot be written: File too large; {where}$"
         options = CheckpointOptions()
         with pytest.raises(InputError, match=message), Checkpoints(f"{folder}/checkpoints", options) as checkpoints:
-            checkpoints.save(1, TrainState(jnp.int32(1), params, (jnp.zeros(1),), jnp.int32(0)))
+            checkpoints.save(1, TrainState(jnp.int32(1), params, (jnp.zeros(1),), jnp.int32(0)), {})
         if kind == "local":
             message = rf"^{folder}/metrics.jsonl: cannot be written: File too large"
             with pytest.raises(InputError, match=message), MetricsLog(f"{folder}/metrics.jsonl", 0) as log:

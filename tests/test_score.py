@@ -1,6 +1,7 @@
 """Score folders: the same bytes however often the work was interrupted."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from commands import adaptrm, kill_when, pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
 from adaptrm.data.scores import read_parts
-from adaptrm.errors import InputError
+from adaptrm.errors import RESTART, InputError
 from adaptrm.judge import Judge
 from adaptrm.judge.score import ScoreJob, dry_run, score
 from adaptrm.lock import hold
@@ -64,9 +65,11 @@ def test_the_folder_holds_what_the_judge_says(folder, scored, one_device):
         np.testing.assert_allclose(getattr(part, field), getattr(said, field), atol=1e-5)
 
 
-def test_killed_and_started_again_it_writes_the_same_bytes(folder, scored, tmp_path):
+def test_stopped_and_killed_and_started_again_it_writes_the_same_bytes(folder, scored, tmp_path):
     out = tmp_path / "scores"
-    kill_when(lambda: (out / "part-00002.parquet").exists(), *command(folder, out))
+    kill_when(lambda: (out / "part-00001.parquet").exists(), *command(folder, out), by=signal.SIGTERM, code=RESTART)
+    assert (out / "part-00001.parquet").exists() and not (out / "part-00003.parquet").exists()
+    kill_when(lambda: (out / "part-00004.parquet").exists(), *command(folder, out))
     assert len(list(out.glob("part-*.parquet"))) < PAIRS // PART
     with pytest.raises(InputError, match=r"has \d+ of 10 parts; run the same adaptrm score again"):
         list(read_parts(out))

@@ -17,8 +17,8 @@ from tiny import tiny_causal_lm, tiny_pairs
 
 from adaptrm.config import OptimizerOptions, TrainOptions, load_options
 from adaptrm.errors import RESTART, Stopped
+from adaptrm.preemption import stops_at_once
 from adaptrm.train import loop
-from adaptrm.train.preemption import stops_at_once
 from adaptrm.train.reports import TrainingFailed
 from adaptrm.train.run import train
 

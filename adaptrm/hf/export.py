@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from adaptrm import paths
-from adaptrm.errors import InputError
 from adaptrm.hf.blocks import BLOCK_BYTES, Blocks, layout_of
 from adaptrm.hf.keys import Key, key_table
 from adaptrm.hf.weight_file import write_header
@@ -76,7 +75,7 @@ def _write_file(file: Path, tensors: list[tuple[str, Key, int]], params: dict) -
                         stream.seek(begins[name] + at * rows[0].nbytes)
                         stream.write(rows[part].reshape(-1).view(np.uint8))
                     del block, rows  # before the next one is gathered
-        except InputError:
+        except Exception:
             for _ in gathered:  # where the other processes wait for this one
                 pass
             raise

@@ -52,8 +52,11 @@ class Stored:
         runs = out.reshape(-1).view(np.uint8).reshape(starts.size, -1)
         with paths.told(self.file, *paths.READ), self.file.open("rb", buffering=0) as file:
             for run, start in zip(runs, starts.ravel().tolist(), strict=True):
-                if os.preadv(file.fileno(), [run], start) != len(run):
-                    raise InputError(f"{self.file}: has become shorter while it was read; download it again")
+                got = 0
+                while got < len(run):  # a network's file system may give less than was asked for
+                    if not (more := os.preadv(file.fileno(), [run[got:]], start + got)):
+                        raise InputError(f"{self.file}: has become shorter while it was read; download it again")
+                    got += more
 
 
 def read_header(file: Path) -> dict[str, Stored]:

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from adaptrm import progress
 from adaptrm.errors import RESTART, InputError
+from adaptrm.parallel.stopping import stop_together
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS = "ADAPTRM_JOIN_SECONDS"
@@ -84,7 +85,7 @@ def start_processes() -> None:
     """Join the other processes where there are any, else stay alone; from then on only process 0 talks.
 
     Processes that do not all come within ``ADAPTRM_JOIN_SECONDS`` (300) end with one line and exit code 75. Those that
-    have joined before stay together.
+    have joined before stay together. SIGTERM to one of them ends all, see ``stopping``.
 
     Raises:
         InputError: what the environment says of the other processes is not whole.
@@ -99,6 +100,8 @@ def start_processes() -> None:
     timer = threading.Timer(seconds, _give_up, (found, seconds))
     timer.daemon = True
     timer.start()
+    joined = stop_together(found.number, found.count)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and say nothing
     jax.distributed.initialize(
         found.coordinator,
         found.count,
@@ -109,6 +112,7 @@ def start_processes() -> None:
     )
     multihost_utils.sync_global_devices("start")  # connects the devices while nobody is late
     timer.cancel()
+    joined.set()
     if found.number > 0:
         progress.silence()
 

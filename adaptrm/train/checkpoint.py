@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,14 +79,16 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _policy(options: CheckpointOptions):
-    """The newest few, and with ``keep_best`` the one of the highest score (of equal ones the newest)."""
-    keep = ocp.training.preservation_policies
-    newest = keep.LatestN(options.keep)
-    if not options.keep_best:
-        return newest
-    best = keep.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False)
-    return keep.AnyPreservationPolicy([newest, best])
+@dataclass(frozen=True)
+class _Policy:
+    """``remote.kept`` as Orbax asks for it."""
+
+    options: CheckpointOptions
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = remote.kept((checkpoint.step for checkpoint in checkpoints), self.options, self.scores)
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -112,13 +116,14 @@ class Checkpoints:
         self.step = latest_step(folder) if step is None else step
         self._ends, self._sender = ExitStack(), None
         self._sent: Future | None = None
+        self._scores: dict[int, float] = {}
         if paths.is_local(folder):
-            self._here, policy = paths.here(folder).absolute(), options and _policy(options)
+            self._here, policy = paths.here(folder).absolute(), options and _Policy(options, self._scores)
             if options:
                 self._put_aside()
         else:
             staging = tempfile.TemporaryDirectory(prefix="adaptrm-", ignore_cleanup_errors=True)
-            self._here, policy = Path(self._ends.enter_context(staging)), _policy(CheckpointOptions(keep=1))
+            self._here, policy = Path(self._ends.enter_context(staging)), _Policy(CheckpointOptions(keep=1), {})
             if self.step is not None:
                 remote.bring(folder, self.step, self._here, training=options is not None)
             self._sender = self._ends.enter_context(ThreadPoolExecutor(1))
@@ -157,24 +162,24 @@ class Checkpoints:
         with self._told():
             self._ends.close()
 
-    def save(self, step: int, state: TrainState, score: float | None = None) -> None:
+    def save(self, step: int, state: TrainState, scores: Mapping[int, float]) -> None:
         """Save in the background; the checkpoint counts once it is whole.
 
         Args:
-            score: how good it is on held-out examples, higher is better; None where that was not measured.
+            scores: how good the model was on held-out examples after each step where that is known, higher is better.
         """
-        metrics = None if score is None else {"score": score}
+        self._scores.update(scores)
         doing(f"saving step {step}")
-        told = {"metrics": metrics, "custom_metadata": {"config": self._config}}
+        told = {"custom_metadata": {"config": self._config}}
         with self._told():  # here too of the one before, which was written in the background
             self._wait()
             saved = self._checkpointer.save_checkpointables_async(step, _plain(state), force=True, **told)
         if self._sender is not None:
-            self._sent = self._sender.submit(self._send, saved, step)
+            self._sent = self._sender.submit(self._send, saved, step, dict(scores))
 
-    def _send(self, saved, step: int) -> None:
+    def _send(self, saved, step: int, scores: Mapping[int, float]) -> None:
         saved.result()
-        remote.send(self._here, self.folder, step, self._options)
+        remote.send(self._here, self.folder, step, self._options, scores)
 
     def _wait(self) -> None:
         """Wait until the checkpoint before has been copied up, so that it is not deleted here before that."""

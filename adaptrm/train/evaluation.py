@@ -63,16 +63,18 @@ class HeldOut:
     mesh: Mesh
     options: EvaluationOptions
 
-    def measure(self, params: nnx.State) -> dict[str, float]:
+    def measure(self, params: nnx.State, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Loss, accuracy and what else is trained on, as means over the labelled examples; their number as weight.
 
-        The same on every process.
+        The same on every process; None where ``stopped``, asked before each batch, says so.
         """
         totals: Counter[str] = Counter()
         sums: Mapping[str, jax.Array] = {}
         count = self.plan.steps_per_epoch
         for number, batch in enumerate(device_batches(self.store, self.plan, self.mesh, 0, count), start=1):
             doing(f"measuring what is held out, batch {number} of {count}", at_least=COMPILING if number == 1 else 0)
+            if stopped():
+                return None
             ahead = self.program(params, batch)
             totals.update({name: float(value) for name, value in sums.items()})  # one late: two are on the devices
             sums = ahead
@@ -89,31 +91,45 @@ class Evaluations:
         held_out: None where nothing is held out.
         lines: of the metrics up to the step from which the run goes on; other lines among them are passed over.
         steps: of the whole run.
+        stopped: whether the run is to stop now.
+
+    Attributes:
+        scores: the accuracy after each step that was evaluated.
     """
 
-    def __init__(self, held_out: HeldOut | None, lines: Iterable[Mapping[str, Any]], steps: int, reports: Reports):
-        self._held_out, self._steps, self._reports = held_out, steps, reports
-        self._accuracy = {line["step"]: line[ACCURACY] for line in lines if ACCURACY in line}
+    def __init__(
+        self,
+        held_out: HeldOut | None,
+        lines: Iterable[Mapping[str, Any]],
+        steps: int,
+        reports: Reports,
+        stopped: Callable[[], bool],
+    ):
+        self._held_out, self._steps, self._reports, self._stopped = held_out, steps, reports, stopped
+        self.scores: dict[int, float] = {line["step"]: line[ACCURACY] for line in lines if ACCURACY in line}
 
     @property
     def enough(self) -> bool:
         """Whether the last ``stop_after`` evaluations found no better accuracy than one before them."""
-        if self._held_out is None or (most := self._held_out.options.stop_after) is None or not self._accuracy:
+        if self._held_out is None or (most := self._held_out.options.stop_after) is None or not self.scores:
             return False
-        found = list(self._accuracy.values())
+        found = list(self.scores.values())
         return len(found) - 1 - found.index(max(found)) >= most
 
-    def after(self, step: int, params: nnx.State) -> float | None:
+    def after(self, step: int, params: nnx.State) -> bool:
         """Evaluate after a step where that is due, unless the metrics tell of it already.
 
         Returns:
-            The accuracy; None where none is due.
+            Whether the run is to stop; an evaluation that was going on is broken off for that.
         """
         if self._held_out is None or (step % self._held_out.options.every_steps and step != self._steps):
-            return None
-        if step not in self._accuracy:
-            self._reports.flush()
-            values = self._held_out.measure(params)
-            self._reports.evaluated(step, values)
-            self._accuracy[step] = values[ACCURACY]
-        return self._accuracy[step]
+            return False
+        if step in self.scores:
+            return False
+        self._reports.flush()
+        values = self._held_out.measure(params, self._stopped)
+        if values is None:
+            return True
+        self._reports.evaluated(step, values)
+        self.scores[step] = values[ACCURACY]
+        return self._stopped()

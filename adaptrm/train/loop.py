@@ -14,12 +14,13 @@ from adaptrm.config import TrainOptions
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.plan import Plan
 from adaptrm.errors import InputError, Stopped
+from adaptrm.preemption import AGAIN, NOTHING_TO_SAVE
 from adaptrm.progress import progress
 from adaptrm.train.checkpoint import Checkpoints
 from adaptrm.train.evaluation import Evaluations, HeldOut
 from adaptrm.train.feed import device_batches
 from adaptrm.train.metrics import read_metrics
-from adaptrm.train.preemption import AGAIN, stops_after_a_step
+from adaptrm.train.preemption import stops_when_asked
 from adaptrm.train.reports import Reports
 from adaptrm.train.state import TrainState
 from adaptrm.train.throughput import Throughput
@@ -49,24 +50,24 @@ def run_steps(
 
     Raises:
         TrainingFailed: more losses or gradients than ``max_nonfinite_steps`` are not finite.
-        Stopped: this machine goes away; the step that ran has ended and is saved.
+        Stopped: this machine goes away; the step that ran has ended and is saved, an evaluation is made again.
     """
     folder = paths.join(out, "checkpoints")
-    with stops_after_a_step() as noticed:
+    with stops_when_asked() as noticed:
         with Checkpoints(folder, options.checkpoint, config) as checkpoints:
             _check_shared(out, checkpoints.step)
             if checkpoints.step is not None:
                 state = checkpoints.restore(state)
-            start, stopped = int(state.step), False
+            number = start = int(state.step)
             first = jax.process_index() == 0
             earlier = read_metrics(paths.join(out, "metrics.jsonl"), start)
             logged = open_metrics(out, options, start) if first else nullcontext()
             with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps, first, start) as shown:
                 reports = Reports(throughput, options, log, shown)
-                evaluations = Evaluations(held_out, earlier, steps, reports)
-                evaluations.after(start, state.whole)  # before the first step, or where the run was stopped before it
+                evaluations = Evaluations(held_out, earlier, steps, reports, noticed)
+                # Before the first step, or where the run was stopped before it.
+                stopped = evaluations.after(start, state.whole)
                 feed = device_batches(store, plan, mesh, start, steps)
-                number = start
                 while number < steps and not (stopped or evaluations.enough):
                     number += 1
                     reports.start_step()
@@ -75,13 +76,14 @@ def run_steps(
                     doing(f"step {number}", at_least=COMPILING if number == start + 1 else 0)
                     state, metrics = step_fn(state, batch)
                     reports.add(number, metrics)
-                    stopped = noticed(number)
-                    score = None if stopped else evaluations.after(number, state.whole)
+                    stopped = noticed() or evaluations.after(number, state.whole)
                     last = stopped or evaluations.enough or number == steps
                     if last or number % options.checkpoint.every_steps == 0:
                         reports.flush()  # before the checkpoint: what goes on from it has every line up to it
-                        checkpoints.save(number, state, score)
+                        checkpoints.save(number, state, evaluations.scores)
         if stopped:  # only now is the checkpoint whole
+            if number == start:  # in the evaluation before the first step
+                raise Stopped(NOTHING_TO_SAVE)
             raise Stopped(f"stopped by SIGTERM after step {number} of {steps}, saved; {AGAIN}")
     return state
 

@@ -1,7 +1,7 @@
 """Checkpoints at a remote address: Orbax writes here, whole checkpoints are copied up, the latest comes down."""
 
-import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from adaptrm import paths
@@ -9,7 +9,6 @@ from adaptrm.config import CheckpointOptions
 
 COMMIT = "commit_success.txt"  # as Orbax marks what is whole where nothing can be renamed
 TRAINING_ONLY = "optimizer/"  # twice the size of the parameters
-SCORE = "metrics/metrics"  # where Orbax puts the score
 
 
 def latest(folder: str | os.PathLike) -> int | None:
@@ -23,22 +22,26 @@ def bring(folder: str | os.PathLike, step: int, to: Path, training: bool) -> Non
     paths.fetch(paths.join(folder, str(step)), names, to / str(step))
 
 
-def send(source: Path, folder: str | os.PathLike, step: int, options: CheckpointOptions) -> None:
-    """Copy a checkpoint up, its mark last; then delete all but the newest few whole ones and, if asked, the best."""
+def kept(steps: Iterable[int], options: CheckpointOptions, scores: Mapping[int, float]) -> set[int]:
+    """Of the steps with checkpoints the newest few, and with ``keep_best`` that of the best score (of equal ones the
+    newest). A step without a score is one that was saved on a stop: it is the newest until its score is known."""
+    steps = sorted(steps)
+    scored = [step for step in steps if step in scores] if options.keep_best else []
+    best = max(scored, key=lambda step: (scores[step], step), default=None)
+    return {*steps[-options.keep :], *([] if best is None else [best])}
+
+
+def send(
+    source: Path, folder: str | os.PathLike, step: int, options: CheckpointOptions, scores: Mapping[int, float]
+) -> None:
+    """Copy a checkpoint up, its mark last; then delete all whole ones but those that are ``kept``."""
     _remove(folder, step, _steps(folder).get(step, []))  # what a killed process left of it
     (source / str(step) / COMMIT).touch()
     paths.send(source / str(step), paths.join(folder, str(step)), last=COMMIT)
     steps = _steps(folder)
-    whole = sorted(step for step, names in steps.items() if COMMIT in names)
-    kept = set(whole[-options.keep :])
-    if options.keep_best and (scored := [step for step in whole if SCORE in steps[step]]):
-        kept.add(max(scored, key=lambda step: (_score(folder, step), step)))
-    for old in steps.keys() - kept:
+    whole = (step for step, names in steps.items() if COMMIT in names)
+    for old in steps.keys() - kept(whole, options, scores):
         _remove(folder, old, steps[old])
-
-
-def _score(folder: str | os.PathLike, step: int) -> float:
-    return json.loads(paths.read_bytes(paths.join(folder, str(step), SCORE)))["score"]
 
 
 def _steps(folder: str | os.PathLike) -> dict[int, list[str]]:

@@ -24,7 +24,6 @@ from adaptrm.train.examples import judge_examples, reward_examples
 from adaptrm.train.loop import run_steps
 from adaptrm.train.losses import check_loss
 from adaptrm.train.optimizer import make_optimizer
-from adaptrm.train.preemption import stops_at_once
 from adaptrm.train.profiler import profiled
 from adaptrm.train.save import save_model
 from adaptrm.train.start import follow_checkpoint, read_run, start_of
@@ -68,7 +67,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         )
     options = follow_checkpoint(kind, _from_anywhere(options))
     check_loss(kind, options.loss)
-    with stops_at_once(), hold(out) if first else nullcontext():
+    with hold(out) if first else nullcontext():
         if first:
             check_trackers(options.trackers, out)
             _check_claim(out, kind, options)
