@@ -27,12 +27,14 @@ fi
 run=${DRY_RUN:+echo}
 export PATH=$ENVIRONMENT/bin:$PATH JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
 # srun's code is the highest of its tasks, and tasks that it ends itself have higher ones than 75: each leaves its own.
-# Of a task Slurm tells only the first process to stop, which hands it on.
+# Of a task Slurm tells only the first process to stop, which hands it on. A wait that a signal ends can lose the code.
 ended=$PWD/.adaptrm-${SLURM_JOB_ID:-job}
 # shellcheck disable=SC2016 # the variables are the task's
 task='trap "kill \$!" TERM
 "$@" &
-while wait $!; code=$?; kill -0 $! 2>/dev/null; do :; done
+while kill -0 $! 2>/dev/null; do sleep 1; done
+wait $!
+code=$?
 case $code in 2 | 75) touch "$0.$code" ;; esac
 exit $code'
 rm -f "$ended".*

@@ -41,8 +41,9 @@ if ! runs "$START"; then
   python3 -m uv pip install -q --python "$HOME/adaptrm-env" "adaptrm[tpu] @ $SOURCE" || exit 1
   export PATH="$HOME/adaptrm-env/bin:$PATH" JAX_PLATFORMS=tpu
   rm -f "$here/$START.code"
+  : >"$here/$START.log" # there before it is read
   setsid bash -c "trap : TERM; \"\$@\"; echo \$? >'$here/$START.code'" "$START" "$@" \
-    >"$here/$START.log" 2>&1 </dev/null &
+    >>"$here/$START.log" 2>&1 </dev/null &
   echo $! >"$here/process"
 fi
 tail -n 200 -f --pid="$(cat "$here/process")" "$here/$START.log"

@@ -96,8 +96,7 @@ exit 1
 """
 
 
-def connected(tmp_path: Path, word: str) -> subprocess.Popen:
-    environment = programs(tmp_path, python3="exit 0", adaptrm=SAVES)
+def connected(tmp_path: Path, word: str, environment: dict[str, str]) -> subprocess.Popen:
     given = ["bash", "-c", on_a_host("adaptrm", word)]
     process = subprocess.Popen(given, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline().decode() == f"start of {word}\n"
@@ -105,9 +104,10 @@ def connected(tmp_path: Path, word: str) -> subprocess.Popen:
 
 
 def test_a_host_goes_on_without_its_connection_and_is_found_again(tmp_path):
-    first = connected(tmp_path, "one")
+    environment = programs(tmp_path, python3="exit 0", adaptrm=SAVES)
+    first = connected(tmp_path, "one", environment)
     os.killpg(first.pid, signal.SIGKILL)
-    again = connected(tmp_path, "one")
+    again = connected(tmp_path, "one", environment)
     (tmp_path / "ended").touch()
     assert again.wait(timeout=30) == 0
     assert again.stdout.read().endswith(b": exit code 0\n")
@@ -115,8 +115,9 @@ def test_a_host_goes_on_without_its_connection_and_is_found_again(tmp_path):
 
 
 def test_another_command_has_the_one_before_save_and_end(tmp_path):
-    one = connected(tmp_path, "one")
-    two = connected(tmp_path, "two")
+    environment = programs(tmp_path, python3="exit 0", adaptrm=SAVES)
+    one = connected(tmp_path, "one", environment)
+    two = connected(tmp_path, "two", environment)
     assert one.wait(timeout=30) == 75
     assert b"saved\n" in one.stdout.read()
     (tmp_path / "ended").touch()
@@ -315,10 +316,14 @@ def test_the_local_launcher_gives_the_exit_code_of_what_failed_and_ends_the_othe
 
 
 def test_the_local_launcher_starts_again_on_75_alone(tmp_path):
-    again = f"echo $JAX_PROCESS_ID >> {tmp_path}/starts; (($(grep -c 0 {tmp_path}/starts) > 1)); exit $(($? ? 75 : 0))"
-    done = local(again)
+    command = f"""
+    cd {tmp_path}; echo start >> $JAX_PROCESS_ID
+    (($(grep -c start $JAX_PROCESS_ID) == 2)) && exit 0
+    until [ -s 0 -a -s 1 ]; do sleep 0.1; done
+    exit 75"""
+    done = local(command)
     assert done.returncode == 0, done.stderr
-    assert sorted((tmp_path / "starts").read_text().split()) == ["0", "0", "1", "1"]
+    assert [(tmp_path / number).read_text() for number in "01"] == ["start\nstart\n"] * 2
     assert local("exit 75", RESTARTS="2").stderr.count("starting again") == 2
 
 
