@@ -270,3 +270,28 @@ def test_processes_that_ask_stop_at_the_same_question_or_behind_the_last(most):
     assert one == other and one[2] == 0 and one[1] == ""
     asked, *rest = one[0].splitlines()
     assert rest == ["stopped"] and (int(asked) == 5) == (most == 5)
+
+
+# A verb that the first process takes longer for; what is registered last for the end comes before jax's own end.
+ENDS = """
+import atexit, sys, time
+from adaptrm import cli
+def verb():
+    from adaptrm.parallel.distributed import start_processes
+    start_processes()
+    import jax
+    joined = time.monotonic()
+    atexit.register(lambda: print("ended", time.monotonic() - joined, flush=True))
+    time.sleep(6 if jax.process_index() == 0 else 0)
+    sys.exit(0)
+cli.app = verb
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_done_waits_for_the_others():
+    both = start_together(sys.executable, "-c", ENDS)
+    said = [process.communicate(timeout=60)[0].splitlines()[-1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all(line.startswith("ended") and float(line.split()[1]) > 4 for line in said)

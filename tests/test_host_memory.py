@@ -1,6 +1,7 @@
 """Loading and saving need host memory for a part of one tensor, whatever the number of layers, mesh and processes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny import tiny_config
 
 from adaptrm.errors import InputError
 from adaptrm.hf import load_weights, open_folder, save_weights
+from adaptrm.hf.weight_file import read_header
 from adaptrm.models import CausalLM
 from adaptrm.parallel import make_mesh
 
@@ -125,6 +127,18 @@ def test_rows_that_are_not_stored_lie_in_the_last_shards(tmp_path, blocks_of, on
     rows = np.asarray(got["lm_head"]["weight"][...])
     mean = tensors["lm_head.weight"].mean(axis=0)
     np.testing.assert_allclose(rows[448:].astype(np.float32), np.broadcast_to(mean, (112, 32)), atol=1e-3)
+
+
+def test_a_read_that_gives_less_than_was_asked_for_goes_on(tmp_path, monkeypatch):
+    """As those of network file systems may."""
+    tensors = hf_tensors(tiny_config())
+    write_folder(tmp_path, tiny_config(), tensors)
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, runs, start: real(file, [runs[0][:99]], start))
+    for name, stored in read_header(tmp_path / "model.safetensors").items():
+        got = np.empty_like(tensors[name])
+        stored.read(got, [0] * got.ndim, got.shape)
+        np.testing.assert_array_equal(got, tensors[name])
 
 
 def test_a_file_that_has_become_shorter_is_one_line(tmp_path, one_device):

@@ -15,6 +15,7 @@ import yaml
 from commands import in_process, losses, pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs
 
+from adaptrm import cli
 from adaptrm.config import OptimizerOptions, TrainOptions, load_options
 from adaptrm.errors import RESTART, Stopped
 from adaptrm.preemption import stops_at_once
@@ -101,6 +102,17 @@ def test_sigterm_with_nothing_to_save_stops_at_once():
     message = "stopped by SIGTERM; what was saved is kept; start the same command again to go on"
     with pytest.raises(Stopped, match=message), stops_at_once(), terminated_when(lambda: True):
         time.sleep(60)
+
+
+def test_every_verb_ends_with_75(monkeypatch, capsys):
+    def waits() -> None:
+        with terminated_when(lambda: True):
+            time.sleep(60)
+
+    monkeypatch.setattr(cli, "app", waits)
+    code, out, err = in_process(monkeypatch, capsys)
+    assert (code, out) == (RESTART, "")
+    assert err == "adaptrm: stopped by SIGTERM; what was saved is kept; start the same command again to go on\n"
 
 
 @pytest.fixture
