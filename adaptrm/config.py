@@ -61,7 +61,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class MixOptions:
-    """A further source of examples: so many of its labelled ones for each example of ``data``, drawn by the seed."""
+    """A further source of examples: so many labelled ones for each of ``data``, drawn by the seed."""
 
     pairs: str | None = None
     labels: str = "human"

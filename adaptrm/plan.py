@@ -219,7 +219,8 @@ def train_step(verb: str, options: TrainOptions, config: ModelConfig, mesh: Mesh
         *(options.model.dtype, options.model.remat, options.loss),
     )
     parts = {"parameters": params, "optimizer": state.opt_state, "batch": batch}
-    flops = training_flops(config, multiplied_parameters(params), *_work(store, count))
+    counts = multiplied_parameters(params), multiplied_parameters(state.frozen)
+    flops = training_flops(config, counts[0], *_work(store, count), counts[1])
     return Step(step, (state, batch), parts, mesh, (count, layout.row_length), flops)
 
 

@@ -182,7 +182,12 @@ from adaptrm.parallel.distributed import exchanged, gathered, start_processes
 start_processes()
 import jax
 mine = np.array([[1 / 3, np.nan], [jax.process_index(), 5e-324]])
-print(gathered(mine).tobytes().hex(), exchanged("x" * (1 + 9 * jax.process_index())), flush=True)
+bulk = bytes(5 << 20)  # more than gRPC takes at once
+arrived = exchanged((bulk, jax.process_index())) == [(bulk, 0), (bulk, 1)]
+said = gathered(mine).tobytes().hex(), exchanged("x" * (1 + 9 * jax.process_index()))
+kept = jax._src.distributed.global_state.client.key_value_dir_get_bytes("adaptrm/")
+forgotten = sum(len(value) for _, value in kept) < 1000
+print(*said, arrived, forgotten, flush=True)
 """
 
 
@@ -194,7 +199,7 @@ def test_what_processes_tell_each_other_arrives_bit_for_bit():
     ]
     said = [process.communicate(timeout=120)[0].decode().splitlines()[-1] for process in both]
     expected = np.stack([np.array([[1 / 3, np.nan], [i, 5e-324]]) for i in range(2)])
-    assert said == [f"{expected.tobytes().hex()} ['x', 'xxxxxxxxxx']"] * 2
+    assert said == [f"{expected.tobytes().hex()} ['x', 'xxxxxxxxxx'] True True"] * 2
 
 
 # The second process waits in C++ for the first, which sleeps.

@@ -134,7 +134,14 @@ def test_enough_is_so_many_without_a_better_one(accuracies, enough):
 def test_what_needs_an_evaluation_says_so(made, evaluation, checkpoint, message):
     asked = options(made, **evaluation)
     with pytest.raises(InputError, match=message):
-        held_out_data(replace(asked, checkpoint=replace(asked.checkpoint, **checkpoint)))
+        held_out_data("reward", replace(asked, checkpoint=replace(asked.checkpoint, **checkpoint)))
+
+
+def test_a_judge_is_evaluated_on_rule_labels(made):
+    with pytest.raises(InputError, match=r"a judge is evaluated on rule labels: give evaluation.labels, and no"):
+        held_out_data("judge", options(made))
+    labels = replace(options(made, pairs=None), evaluation=EvaluationOptions(labels="rule-labels.jsonl"))
+    assert held_out_data("judge", labels).labels == "rule-labels.jsonl"
 
 
 def test_the_best_checkpoint_is_kept(made, tmp_path):

@@ -128,10 +128,10 @@ def test_options_of_the_loss_that_the_data_cannot_serve_are_errors(files, chat):
 
 def test_sources_are_mixed_by_weight_and_seed(files, chat, capsys):
     plain = DataOptions(files["pairs"], files["labels"])
-    mix = (MixOptions(files["others"], weight=0.4), MixOptions(files["pairs"], weight=0.2))
+    mix = (MixOptions(files["others"], weight=2 / 3), MixOptions(files["pairs"], weight=1 / 3))
     mixed = replace(plain, mix=mix)
     alone, _ = reward_examples(plain, chat, 0, LossOptions())
-    store, left = reward_examples(mixed, chat, 0, LossOptions(), seed=1)
+    store, left = reward_examples(mixed, chat, 0, LossOptions(), seed=1)  # six of the ten have a label
     assert left["mixed"] == 6 and len(store) == 10 + 4 + 2
     said = capsys.readouterr().err
     assert f"mixed in 4 of 12 examples of {files['others']}" in said
@@ -146,9 +146,9 @@ def test_sources_are_mixed_by_weight_and_seed(files, chat, capsys):
 
 
 def test_a_mix_that_its_source_cannot_serve_is_an_error(files, chat):
-    wants = DataOptions(files["pairs"], "human", mix=(MixOptions(files["others"], weight=1.5),))
+    wants = DataOptions(files["pairs"], "human", mix=(MixOptions(files["others"], weight=2),))
     message = refused(reward_examples, wants, chat, 0, LossOptions())
-    assert "others.jsonl: has 12 examples with a label, data.mix wants 15 (1.5 x 10); lower its weight" in message
+    assert "others.jsonl: has 12 examples with a label, data.mix wants 14 (2 x 7); lower its weight" in message
     assert "data.pairs is missing" in refused(reward_examples, replace(wants, mix=(MixOptions(),)), chat, 0, SET_LOSS)
 
 

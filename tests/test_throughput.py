@@ -73,7 +73,7 @@ def test_what_a_step_tells():
     store = stored(first, second)
     plan = Plan(store.lengths, store.leaves, PlanOptions(64, 2), 1)
     chips = [SimpleNamespace(device_kind="TPU v5p", process_index=0, memory_stats=lambda: None)] * 2
-    told = Throughput(LLAMA_8B, 7 * 10**9, store, plan, chips, "pairs").of_step(0, 0.5)
+    told = Throughput(LLAMA_8B, 7 * 10**9, 0, store, plan, chips, "pairs").of_step(0, 0.5)
     tokens = len(first) + len(second)
     assert told["pairs"] == 2 and told["pairs_per_second"] == 4 and told["tokens_per_second"] == 2 * tokens
     assert told["padding"] == pytest.approx(1 - tokens / 128)
@@ -87,6 +87,6 @@ def test_what_a_step_tells():
 def test_a_step_that_was_compiled_has_no_rate():
     store = stored(deep())
     plan = Plan(store.lengths, store.leaves, PlanOptions(64, 1), 1)
-    told = Throughput(LLAMA_8B, 1, store, plan, jax.devices()[:1], "replies").of_step(0, None)
+    told = Throughput(LLAMA_8B, 1, 0, store, plan, jax.devices()[:1], "replies").of_step(0, None)
     unknown = {"tokens_per_second", "replies_per_second", "mfu", "memory_gib"}
     assert {name for name, value in told.items() if value is None} == unknown

@@ -6,6 +6,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,31 @@ def test_what_is_not_installed_or_cannot_be_written_is_one_line(monkeypatch, tmp
     with pytest.raises(InputError, match=r"^trackers: tensorboard writes to a local run folder, not to memory://x"):
         check_trackers(["tensorboard"], "memory://x")
     check_trackers([], "memory://x")
+
+
+def test_a_tracker_that_fails_is_left_out_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    told = []
+
+    @contextmanager
+    def tracker(*_):
+        def log(step, numbers):
+            told.append(step)
+            raise ConnectionError("gone" * 999)
+
+        yield log
+
+    @contextmanager
+    def broken(*_):
+        raise OSError("database is locked")
+        yield
+
+    monkeypatch.setitem(trackers.OPEN, "trackio", tracker)
+    write(tmp_path, "trackio", range(1, 4))
+    assert told == [1] and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert "a tracker failed and is told no more: ConnectionError: 'gone" in capsys.readouterr().err
+    monkeypatch.setitem(trackers.OPEN, "trackio", broken)
+    with pytest.raises(InputError, match=r"^trackers: trackio cannot start: OSError: 'database is locked'; mend"):
+        write(tmp_path, "trackio", range(4, 5))
 
 
 def test_without_a_tracker_there_is_the_file_alone(tmp_path):

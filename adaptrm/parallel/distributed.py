@@ -22,7 +22,8 @@ from adaptrm.parallel.stopping import stop_together
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS = "ADAPTRM_JOIN_SECONDS"
 FOREVER = 30 * 24 * 3600 * 1000  # milliseconds; that a process has died is found out by jax, which ends the others
-_gatherings = itertools.count()
+PIECE = 1 << 20  # bytes of a message: gRPC by itself takes no more than 4 MiB
+_messages, _kept = itertools.count(), []
 
 
 @dataclass(frozen=True)
@@ -214,36 +215,47 @@ def _give_up(found: Processes, seconds: int) -> None:
 
 
 def gathered(values: np.ndarray) -> np.ndarray:
-    """``[processes, ...]``: the arrays of all processes, alike in shape, bit for bit in any dtype.
-
-    By the processes' own service, not by their devices: collectives of a CPU give up on a process that is 30 s late.
-    """
-    if jax.process_count() == 1:
-        return values[None]
-    client, count = distributed.global_state.client, next(_gatherings)
-    client.key_value_set_bytes(f"adaptrm/{count}/{jax.process_index()}", values.tobytes())
-    sent = (
-        client.blocking_key_value_get_bytes(f"adaptrm/{count}/{number}", FOREVER)
-        for number in range(jax.process_count())
-    )
+    """``[processes, ...]``: the arrays of all processes, alike in shape, bit for bit in any dtype."""
+    sent = _sent_by_all(values.tobytes())
     return np.stack([np.frombuffer(of_one, values.dtype).reshape(values.shape) for of_one in sent])
-
-
-def wait_for_all() -> None:
-    """Return when every process has come here."""
-    gathered(np.zeros(1, np.uint8))
 
 
 def exchanged(value: Any) -> list[Any]:
     """What each process gives, from the first to the last: anything that pickle takes."""
     if jax.process_count() == 1:
         return [value]
-    sent = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = gathered(np.array([sent.size], np.int64))[:, 0]
-    # Few shapes: each is a program of its own.
-    room = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
-    room[: sent.size] = sent
-    return [pickle.loads(got[:size].tobytes()) for got, size in zip(gathered(room), sizes, strict=True)]
+    return [pickle.loads(sent) for sent in _sent_by_all(pickle.dumps(value))]
+
+
+def _sent_by_all(mine: bytes) -> list[bytes]:
+    """What each process sends, from the first to the last.
+
+    By the processes' own service, not by their devices: collectives of a CPU give up on a process that is 30 s late.
+    """
+    if jax.process_count() == 1:
+        return [mine]
+    client, count, me = distributed.global_state.client, next(_messages), jax.process_index()
+    number = -(-len(mine) // PIECE)
+    names = [f"adaptrm/{count}/{me}/{piece}" for piece in range(1 + number)]
+    client.key_value_set_bytes(names[0], str(number).encode())
+    for piece, name in enumerate(names[1:]):
+        client.key_value_set_bytes(name, mine[piece * PIECE : (piece + 1) * PIECE])
+
+    def sent_by(process: int) -> bytes:
+        get = lambda piece: client.blocking_key_value_get_bytes(f"adaptrm/{count}/{process}/{piece}", FOREVER)  # noqa: E731
+        return b"".join(get(1 + piece) for piece in range(int(get(0))))
+
+    found = [sent_by(process) for process in range(jax.process_count())]
+    # Whoever has sent this message has read all of the one before: the service, which is the first process, forgets it.
+    while _kept:
+        client.key_value_delete(_kept.pop())
+    _kept.extend(names)
+    return found
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    _sent_by_all(b"")
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from orbax.checkpoint import v1 as ocp
 from adaptrm import paths
 from adaptrm.config import CheckpointOptions
 from adaptrm.errors import InputError
+from adaptrm.parallel.distributed import exchanged
 from adaptrm.progress import say
 from adaptrm.train import remote
 from adaptrm.train.state import TrainState
-from adaptrm.watchdog import doing
+from adaptrm.watchdog import LOADING, doing
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised too
 METADATA = "_CHECKPOINT_METADATA"  # as Orbax names it
@@ -36,13 +37,14 @@ def find(path: str | os.PathLike) -> tuple[str, int | None]:
     """Folder of checkpoints and step of what a user names: a run (its newest whole one), or ``RUN/checkpoints/STEP``.
 
     Returns:
-        The step is None where a run has no whole checkpoint.
+        The step is None where a run has no whole checkpoint. The same on every process, as the first one sees it: a run
+        may be going on meanwhile.
     """
     folder, _, name = str(path).rstrip("/").rpartition("/")
     if name.isdecimal() and paths.exists(paths.join(path, METADATA)):
         return folder, int(name)
     folder = paths.join(path, "checkpoints")
-    return folder, latest_step(folder)
+    return folder, exchanged(latest_step(folder))[0]
 
 
 def latest_step(folder: str | os.PathLike) -> int | None:
@@ -60,7 +62,7 @@ def stored_config(checkpoint: str | os.PathLike) -> str:
     """
     try:
         return json.loads(paths.read_bytes(paths.join(checkpoint, METADATA)))["custom_metadata"]["config"]
-    except (ValueError, KeyError, TypeError):  # InputError is a ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):  # InputError is a ValueError
         raise InputError(f"{checkpoint}: not a run folder, and not a checkpoint of adaptrm train") from None
 
 
@@ -113,7 +115,7 @@ class Checkpoints:
         step: int | None = None,
     ):
         self.folder, self._options, self._config = folder, options, config
-        self.step = latest_step(folder) if step is None else step
+        self.step = exchanged(latest_step(folder))[0] if step is None else step
         self._ends, self._sender = ExitStack(), None
         self._sent: Future | None = None
         self._scores: dict[int, float] = {}
@@ -125,6 +127,7 @@ class Checkpoints:
             staging = tempfile.TemporaryDirectory(prefix="adaptrm-", ignore_cleanup_errors=True)
             self._here, policy = Path(self._ends.enter_context(staging)), _Policy(CheckpointOptions(keep=1), {})
             if self.step is not None:
+                doing(f"bringing step {self.step} here", at_least=LOADING)
                 remote.bring(folder, self.step, self._here, training=options is not None)
             self._sender = self._ends.enter_context(ThreadPoolExecutor(1))
         # What a kill in the middle of a save leaves is as large as a checkpoint: it is cleaned up.
@@ -158,7 +161,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        doing("saving what is not saved yet")
+        doing("saving what is not saved yet", at_least=LOADING)
         with self._told():
             self._ends.close()
 
@@ -169,7 +172,7 @@ class Checkpoints:
             scores: how good the model was on held-out examples after each step where that is known, higher is better.
         """
         self._scores.update(scores)
-        doing(f"saving step {step}")
+        doing(f"saving step {step}", at_least=LOADING)
         told = {"custom_metadata": {"config": self._config}}
         with self._told():  # here too of the one before, which was written in the background
             self._wait()
@@ -216,7 +219,7 @@ class Checkpoints:
         return _fill(like, self._load({"params": jax.tree.map(_shape_of, _by_name(like))})["params"])
 
     def _load(self, abstract: dict) -> dict:
-        doing(f"restoring step {self.step}")
+        doing(f"restoring step {self.step}", at_least=LOADING)
         try:
             return self._checkpointer.load_checkpointables(self.step, abstract)
         except (OSError, ValueError, KeyError) as wrong:

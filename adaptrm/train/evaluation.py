@@ -22,7 +22,7 @@ from adaptrm.watchdog import COMPILING, doing
 ACCURACY = "evaluation/accuracy"
 
 
-def held_out_data(options: TrainOptions) -> DataOptions | None:
+def held_out_data(kind: Kind, options: TrainOptions) -> DataOptions | None:
     """Where held-out examples come from, made as those of the training are; None where nothing is held out.
 
     Raises:
@@ -34,6 +34,8 @@ def held_out_data(options: TrainOptions) -> DataOptions | None:
             if asked:
                 raise InputError(f"{name} needs held-out examples: give evaluation.pairs")
         return None
+    if kind == "judge" and (held.labels is None or held.pairs is not None):
+        raise InputError("a judge is evaluated on rule labels: give evaluation.labels, and no evaluation.pairs")
     if checkpoint.keep_best and checkpoint.every_steps % held.every_steps:
         raise InputError(
             f"checkpoint.keep_best needs an evaluation at every checkpoint: checkpoint.every_steps is "

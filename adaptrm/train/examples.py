@@ -92,7 +92,7 @@ def reward_examples(
         nonlocal mixed, margins
         count = 0
         for example in _examples_of(options, loss, tree, bad):
-            count += 1
+            count += example.weight > 0
             margins |= example.margin != 0
             yield example
         for number, mix in enumerate(options.mix):

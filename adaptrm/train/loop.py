@@ -3,10 +3,9 @@
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from uuid import uuid4
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from adaptrm import paths
@@ -14,6 +13,7 @@ from adaptrm.config import TrainOptions
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.plan import Plan
 from adaptrm.errors import InputError, Stopped
+from adaptrm.parallel.distributed import exchanged, told_to_all
 from adaptrm.preemption import AGAIN, NOTHING_TO_SAVE
 from adaptrm.progress import progress
 from adaptrm.train.checkpoint import Checkpoints
@@ -55,12 +55,14 @@ def run_steps(
     folder = paths.join(out, "checkpoints")
     with stops_when_asked() as noticed:
         with Checkpoints(folder, options.checkpoint, config) as checkpoints:
-            _check_shared(out, checkpoints.step)
+            _check_shared(out)
             if checkpoints.step is not None:
                 state = checkpoints.restore(state)
             number = start = int(state.step)
             first = jax.process_index() == 0
-            earlier = read_metrics(paths.join(out, "metrics.jsonl"), start)
+            with told_to_all(out):
+                earlier = read_metrics(paths.join(out, "metrics.jsonl"), start) if first else []
+            earlier = exchanged(earlier)[0]  # which evaluations there are is decided alike
             logged = open_metrics(out, options, start) if first else nullcontext()
             with logged as log, jax.set_mesh(mesh), progress("train", "steps", steps, first, start) as shown:
                 reports = Reports(throughput, options, log, shown)
@@ -88,10 +90,18 @@ def run_steps(
     return state
 
 
-def _check_shared(out: str | os.PathLike, latest: int | None) -> None:
-    """Raise where processes see other checkpoints: they would wait for each other for ever."""
-    if jax.process_count() > 1:
-        try:
-            multihost_utils.assert_equal(np.int32(-1 if latest is None else latest))
-        except AssertionError:
-            raise InputError(f"{out}: processes see other checkpoints here; the run folder must be shared") from None
+def _check_shared(out: str | os.PathLike) -> None:
+    """Raise where processes see other folders here: each would save what no other finds, and none could go on."""
+    if jax.process_count() == 1:
+        return
+    # A new name each time: a network file system remembers for a while that a file was not there.
+    mark = paths.here(out) / f".shared-{exchanged(uuid4().hex)[0]}"
+    with told_to_all(out) as first:
+        if first:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    seen = exchanged(mark.exists())
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not all(seen):
+        raise InputError(f"{out}: process {seen.index(False)} sees another folder here; the run folder must be shared")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from adaptrm import paths
+from adaptrm.progress import say
 
 
 def read_metrics(path: str | os.PathLike, last: int) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | os.PathLike, start: int, trackers: Sequence[Callable[[int, dict], None]] = ()):
-        self._path, self._trackers = path, trackers
+        self._path, self._trackers = path, list(trackers)
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path, start)).encode()
         paths.write_bytes(path, kept)
         # Without a buffer: what a full disk refuses is told where it is written, and a kill loses no line.
@@ -53,8 +54,12 @@ class MetricsLog:
         with paths.told(self._path, *paths.WRITE):
             self._stream.write((json.dumps(line) + "\n").encode())
         numbers = {name: x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
-        for tracker in self._trackers:
-            tracker(line["step"], numbers)
+        for tracker in list(self._trackers):
+            try:
+                tracker(line["step"], numbers)
+            except Exception as wrong:  # somebody else's code, somebody else's service: no reason to end a training
+                self._trackers.remove(tracker)
+                say(f"warning: a tracker failed and is told no more: {type(wrong).__name__}: {str(wrong)[:200]!r}")
 
     def flush(self) -> None:
         """Bring a store's copy up to date."""

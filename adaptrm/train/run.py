@@ -26,7 +26,7 @@ from adaptrm.train.losses import check_loss
 from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.profiler import profiled
 from adaptrm.train.save import save_model
-from adaptrm.train.start import follow_checkpoint, read_run, start_of
+from adaptrm.train.start import follow_checkpoint, pinned, read_run, start_of
 from adaptrm.train.state import init_state
 from adaptrm.train.step import Kind, make_step
 from adaptrm.train.throughput import Throughput, multiplied_parameters
@@ -65,8 +65,9 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         raise InputError(
             f"{out}: a profile is written to a local run folder; give another --out, or leave out --profile"
         )
-    options = follow_checkpoint(kind, _from_anywhere(options))
+    options = pinned(follow_checkpoint(kind, _from_anywhere(options)), out)
     check_loss(kind, options.loss)
+    held_data = held_out_data(kind, options)
     with hold(out) if first else nullcontext():
         if first:
             check_trackers(options.trackers, out)
@@ -101,7 +102,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
             *(options.model.dtype, options.model.remat, options.loss),
         )
         data, held_out = store.digest, None
-        if (held_data := held_out_data(options)) is not None:
+        if held_data is not None:
             plain = LossOptions(options.loss.kind)  # of plain choices, so that runs with other labels can be compared
             held_store, _ = examples(held_data, plain)
             program = make_evaluation(kind, definition, answers, options.model.dtype, plain)
@@ -112,17 +113,18 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
             say(f"{len(store)} {unit}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
             _check_examples(out, data)
             _claim(out, kind, options, data)
-        devices, parameters = list(mesh.devices.flat), multiplied_parameters(state.whole)
-        throughput = Throughput(start.config, parameters, store, plan, devices, unit)
+        counts = (multiplied_parameters(state.whole), multiplied_parameters(state.frozen))
+        throughput = Throughput(start.config, *counts, store, plan, list(mesh.devices.flat), unit)
         config = to_yaml(kind, options)
         traced = profiled(step_fn, paths.here(out) / "profile") if profile and first else nullcontext(step_fn)
         with traced as step_fn:
             state = run_steps(step_fn, state, store, plan, mesh, options, steps, out, throughput, config, held_out)
-        doing("exporting the model")
+        doing("exporting the model", at_least=LOADING)
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         made = {"run": str(out), "steps": int(state.step), unit: len(store), **left}
-        params = start.exported(definition, state.whole, mesh)
-        del state  # room for what the weights are averaged with
+        whole = state.whole
+        del state, params  # room for what the weights are averaged with
+        params = start.exported(definition, whole, mesh)
         save_model(paths.join(out, "export"), params, start.raw, start.chat, start.pad, start.name)
     return made | {"parameters": count, "padding": plan.padding}
 

@@ -169,6 +169,24 @@ def follow_checkpoint(kind: Kind, options: TrainOptions) -> TrainOptions:
     return replace(options, model=model)
 
 
+def pinned(options: TrainOptions, out: str | os.PathLike) -> TrainOptions:
+    """With ``model.checkpoint`` the very checkpoint that a run names now, or named when ``out`` was begun.
+
+    What a run starts from must not change under it, and its adapters and averages need it to the end.
+    """
+    if (named := options.model.checkpoint) is None:
+        return options
+    folder, step = find(named)
+    if step is None:
+        raise InputError(f"{named}: has no whole checkpoint yet; start the same adaptrm train again")
+    checkpoint, config = paths.join(folder, str(step)), paths.join(out, "config.yaml")
+    if checkpoint != str(named).rstrip("/") and paths.exists(config):
+        begun = (read_run(config)[1].get("model") or {}).get("checkpoint")
+        if str(begun).rpartition("/")[0] == folder:
+            checkpoint = begun
+    return replace(options, model=replace(options.model, checkpoint=checkpoint))
+
+
 def start_of(kind: Kind, options: TrainOptions) -> Start:
     """Tokenizer, config, pad token and weights that the options name."""
     if (options.model.pretrained is None) == (options.model.scratch is None):

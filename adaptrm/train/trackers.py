@@ -44,7 +44,13 @@ def open_metrics(out: str | os.PathLike, options: TrainOptions, start: int) -> I
         trackers = []
         for name in dict.fromkeys(options.trackers):
             known_as = paths.read_bytes(file).decode()
-            trackers.append(opened.enter_context(OPEN[name](out, known_as, shown_options(options), start)))
+            try:
+                trackers.append(opened.enter_context(OPEN[name](out, known_as, shown_options(options), start)))
+            except InputError:
+                raise
+            except Exception as wrong:
+                reason = f"{type(wrong).__name__}: {str(wrong)[:200]!r}"
+                raise InputError(f"trackers: {name} cannot start: {reason}; mend that, or leave it out") from None
         yield opened.enter_context(MetricsLog(paths.join(out, "metrics.jsonl"), start, trackers))
 
 
