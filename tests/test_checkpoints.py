@@ -227,8 +227,8 @@ def test_a_run_s_own_checkpoint_comes_before_a_named_one(made, tmp_path):
     some = options(made, checkpoint=str(first))
     train("reward", replace(some, max_steps=2), run)
     # What it started from is written down, and stays though the run that it names is another one by now.
-    assert read_options(run)[1].model.checkpoint == str(first / "checkpoints" / "3")
-    shutil.rmtree(first / "checkpoints" / "3")
+    assert read_options(run)[1].model.checkpoint == str(first / "checkpoints" / "2")
+    shutil.rmtree(first / "checkpoints" / "2")
     with pytest.raises(InputError, match="another max_steps"):
         train("reward", some, run)
     export_run(run / "checkpoints" / "2", tmp_path / "own" / "export")
