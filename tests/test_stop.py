@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +115,27 @@ def test_every_verb_ends_with_75(monkeypatch, capsys):
     code, out, err = in_process(monkeypatch, capsys)
     assert (code, out) == (RESTART, "")
     assert err == "adaptrm: stopped by SIGTERM; what was saved is kept; start the same command again to go on\n"
+
+
+SWALLOWS = """
+import os, signal, time
+from adaptrm import cli
+def verb():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except BaseException:
+        print("swallowed", flush=True)
+    time.sleep(60)
+cli.app = verb
+cli.main()
+"""
+
+
+def test_a_library_that_swallows_the_stop_does_not_hold_it_up():
+    done = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (RESTART, "swallowed\n")
+    assert done.stderr == "adaptrm: stopped by SIGTERM; what was saved is kept; start the same command again to go on\n"
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +10,8 @@ from contextlib import contextmanager, suppress
 
 from jax._src import distributed  # jax has no public way to tell other processes something
 
-from adaptrm.errors import RESTART, Stopped
-from adaptrm.preemption import NOTHING_TO_SAVE
+from adaptrm.errors import Stopped
+from adaptrm.preemption import NOTHING_TO_SAVE, end_here
 
 KEY = "adaptrm/stop"
 LOOK = 0.5  # seconds between two looks whether another process was told
@@ -77,7 +76,7 @@ def _watch(pipe: int, joined: threading.Event, number: int, count: int) -> None:
         ready, _, _ = select.select([pipe], [], [], LOOK)
         signalled = bool(ready) and signal.SIGTERM in os.read(pipe, 64)
         if signalled and not joined.is_set():
-            _end()
+            end_here()
         if signalled or (joined.is_set() and _others_told()):
             _stop(number, count)
             return
@@ -102,10 +101,6 @@ def _stop(number: int, count: int) -> None:
         if None not in places and -1 not in places:
             _stop_at = max(places) + 1
             return
-        _end(LAST if number == 0 else 0.0)
-
-
-def _end(after: float = 0.0) -> None:
-    print(f"adaptrm: {NOTHING_TO_SAVE}", file=sys.stderr, flush=True)
-    time.sleep(after)
-    os._exit(RESTART)
+        if number == 0:
+            time.sleep(LAST)
+        end_here()
