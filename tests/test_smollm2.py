@@ -1,4 +1,4 @@
-"""A trained model and real conversations: the judge's answers equal transformers' on separate full sequences.
+"""A trained model and real conversations: answers, gradients and rewards equal those of transformers.
 
 pytest -m slow tests/test_smollm2.py --smollm2 DIR --data DIR
 """
@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 from commands import adaptrm
 from numerics import assert_equal_to
+from safetensors.numpy import load_file
 
+from adaptrm.config import LossOptions, parse_options
+from adaptrm.data.chat_trees import pair_tree
+from adaptrm.data.pipeline import TreeStore
+from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.data.preferences import Pair, load_pairs
+from adaptrm.hf import save_weights
 from adaptrm.judge import Judge
 from adaptrm.parallel import make_mesh
 from adaptrm.reward_model import RewardModel
 from adaptrm.rules import RulePool
 from adaptrm.rules.pool import Rule
+from adaptrm.train.feed import device_batches
+from adaptrm.train.save import save_model
+from adaptrm.train.start import start_of
+from adaptrm.train.step import loss_sums
 
 PAIRS = 10  # two conversations each
 RULES = """
@@ -91,6 +101,50 @@ def test_answers_equal_transformers_on_real_conversations(smollm2, data, one_dev
     assert_equal_to(got, expected, 1e-4)
     assert np.ptp(expected, axis=2).min() > 0.1, "a trained model tells rules apart"
     print(f"\nlargest difference {np.abs(got - expected).max():.2e} over {got[..., 0].size} questions")
+
+
+@pytest.mark.slow
+def test_gradients_of_a_packed_step_equal_those_of_transformers(smollm2, data, one_device, tmp_path):
+    """Against transformers in float64: in float32 its own gradient of a norm is off by as much as is allowed here."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification
+
+    options = parse_options({"model": {"pretrained": str(smollm2)}}, "test")
+    start = start_of("reward", options)
+    definition, params = start.params(one_device, seed=0)
+    save_model(tmp_path, params, start.raw, start.chat, start.pad)
+    pairs = short_pairs(data / "pairs" / "xstest_pairs.jsonl.gz")[:4]
+    store = TreeStore()
+    for pair in pairs:
+        store.append(pair_tree(start.chat, pair, start.pad[1]), [1.0, 0.0], 1.0)
+    plan = Plan(store.freeze().lengths, store.leaves, PlanOptions(512, 1, len(pairs), 0), 1)
+
+    def loss(params, batch):
+        sums = loss_sums("reward", definition, params, batch, None, "float32", "layer", LossOptions())
+        return sums["loss"] / sums["weight"]
+
+    with jax.set_mesh(one_device):
+        batch = next(device_batches(store, plan, one_device, 0, 1))
+        value, grads = jax.jit(jax.value_and_grad(loss))(params, batch)
+    save_weights(grads, tmp_path / "gradients")
+    got = load_file(tmp_path / "gradients" / "model.safetensors")
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    rewards = [
+        model(torch.from_numpy(start.chat.encode_chat(pair.conversation(side)))[None].long()).logits[0, 0]
+        for pair in pairs
+        for side in "ab"
+    ]
+    margins = torch.stack(rewards[0::2]) - torch.stack(rewards[1::2])
+    expected = -torch.nn.functional.logsigmoid(margins).mean()
+    expected.backward()
+    theirs = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+    assert_equal_to(value, expected.item(), 1e-4)
+    assert_equal_to(got, theirs, 1e-4, may_vanish=True)
+    off = {name: np.abs(got[name] - theirs[name]).max() / max(1, np.abs(theirs[name]).max()) for name in theirs}
+    worst = max(off, key=off.get)
+    print(f"\nloss off by {abs(float(value) - expected.item()):.2e}, gradients at most by {off[worst]:.2e} ({worst})")
+    assert max(np.abs(grad).max() for grad in theirs.values()) > 1
 
 
 @pytest.mark.slow
