@@ -62,7 +62,7 @@ def test_only_whole_checkpoints_count(store, tmp_path):
         for name in (f"{step}/params/old", "8/params/w", "notes.txt"):
             paths.write_bytes(paths.join(store, name), b"half")
         assert remote.latest(store) == (step - 2 or None)
-        remote.send(tmp_path, store, step, CheckpointOptions(keep=2))
+        remote.send(tmp_path, store, step, CheckpointOptions(keep=2), {})
         assert remote.latest(store) == step
     names = sorted(paths.files(store, deep=True))
     each = ("commit_success.txt", "optimizer/m", "params/w")
