@@ -11,7 +11,8 @@ has the first layers of MODEL and a fresh reward head. The sides:
                  length within 50 batches
 
 Steps of adaptrm hold about as many pairs as a batch of TRL does. A first step of each side, with compilation, is left
-out. Seconds are of the clock and of the processor (these say more where other work shares the cores). Prints JSON.
+out. The sides take turns, a step each, so that a machine that becomes slower does so for all of them. Seconds are of
+the clock and of the processor (these say more where other work shares the cores). Prints JSON.
 
     python tools/bench_train.py --model SMOLLM2 --pairs hh=hh.jsonl.gz --pairs rewardbench=rewardbench.jsonl.gz
 """
@@ -22,8 +23,11 @@ import os
 import platform
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +53,50 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What a run gives, and its wall and CPU seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    found = run()
-    return found, time.perf_counter() - wall, time.process_time() - cpu
+class Clock:
+    """Seconds of one of several programs that take turns."""
+
+    def __init__(self, ring: deque["Clock"]):
+        self.wall = self.cpu = 0.0
+        self.may_run = threading.Semaphore(0)
+        self._ring = ring
+
+    def start(self) -> None:
+        self._since = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        wall, cpu = self._since
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
+
+    def turn(self) -> None:
+        """Stop, let each of the others run as far as its next turn, go on."""
+        self.stop()
+        self._ring.rotate(-1)
+        self._ring[0].may_run.release()
+        self.may_run.acquire()
+        self.start()
+
+
+def in_turns(programs: dict[str, Callable[[Clock], Any]]) -> dict[str, Any]:
+    """What the programs give: each has a thread of its own, and one of them runs at a time."""
+    ring: deque[Clock] = deque()
+    clocks = {name: Clock(ring) for name in programs}
+    ring.extend(clocks.values())
+
+    def run(name: str) -> Any:
+        clocks[name].may_run.acquire()
+        try:
+            return programs[name](clocks[name])
+        finally:
+            ring.popleft()
+            if ring:
+                ring[0].may_run.release()
+
+    with ThreadPoolExecutor(len(programs)) as pool:
+        found = {name: pool.submit(run, name) for name in programs}
+        ring[0].may_run.release()
+        return {name: future.result() for name, future in found.items()}
 
 
 def make_classifier(model: str, layers: int, out: Path) -> None:
@@ -101,7 +144,9 @@ def flat_tree(chat, pair):
     )
 
 
-def ours(folder: Path, chat, pairs: list, make_tree: Callable, options: argparse.Namespace) -> dict[str, Any]:
+def ours(
+    clock: Clock, folder: Path, chat, pairs: list, make_tree: Callable, options: argparse.Namespace
+) -> dict[str, Any]:
     """One epoch of adaptrm's step over packed rows."""
     import jax
 
@@ -129,29 +174,28 @@ def ours(folder: Path, chat, pairs: list, make_tree: Callable, options: argparse
     step = make_step("reward", definition, optimizer, steps, None, "float32", "none", LossOptions())
     state = init_state(params, make_optimizer(optimizer), mesh)
 
-    def epoch(state):
-        sums = np.zeros(2)
-        for batch in device_batches(store, plan, mesh, 0, steps):
-            state, metrics = step(state, batch)
-            sums += float(metrics["loss"]) * float(metrics["weight"]), float(metrics["weight"])
-        return sums
-
+    sums = np.zeros(2)
     with jax.set_mesh(mesh):
         # Waited for: it would run on into the epoch's time.
         state, _ = jax.block_until_ready(step(state, next(device_batches(store, plan, mesh, 0, 1))))
-        sums, wall, cpu = timed(lambda: epoch(state))
+        clock.start()
+        for batch in device_batches(store, plan, mesh, 0, steps):
+            state, metrics = step(state, batch)
+            sums += float(metrics["loss"]) * float(metrics["weight"]), float(metrics["weight"])
+            clock.turn()
+        clock.stop()
     assert sums[1] == len(pairs)
     computed = steps * plan.rows_per_step * options.row_length
     tokens = int(np.sum(store.lengths))
-    return figures(len(pairs), wall, cpu, sums[0] / sums[1], steps, tokens, computed)
+    return figures(clock, len(pairs), sums[0] / sums[1], steps, tokens, computed)
 
 
-def theirs(folder: Path, pairs: list, grouped: bool, options: argparse.Namespace) -> dict[str, Any]:
+def theirs(clock: Clock, folder: Path, pairs: list, grouped: bool, options: argparse.Namespace) -> dict[str, Any]:
     """One epoch of TRL's RewardTrainer."""
     import torch
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, TrainerCallback
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     def row(pair) -> dict:
@@ -177,6 +221,10 @@ def theirs(folder: Path, pairs: list, grouped: bool, options: argparse.Namespace
             columns = self.train_dataset["chosen_ids"], self.train_dataset["rejected_ids"]
             longest = [max(map(len, both)) for both in zip(*columns, strict=True)]
             return get_length_grouped_indices(longest, options.batch, mega_batch_mult=50)
+
+    class Turns(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock.turn()
 
     def trainer(out: str, steps: int):
         torch.manual_seed(options.seed)
@@ -211,18 +259,21 @@ def theirs(folder: Path, pairs: list, grouped: bool, options: argparse.Namespace
     with tempfile.TemporaryDirectory() as out:
         trainer(out, 1).train()  # a first step, which is not timed
         run = trainer(out, steps)
-        _, wall, cpu = timed(run.train)
+        run.add_callback(Turns())
+        clock.start()
+        run.train()
+        clock.stop()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert len(losses) == steps
-    return figures(len(pairs), wall, cpu, float(np.mean(losses)), steps, run.text, run.computed)
+    return figures(clock, len(pairs), float(np.mean(losses)), steps, run.text, run.computed)
 
 
-def figures(pairs: int, wall: float, cpu: float, loss: float, steps: int, tokens: int, computed: int) -> dict[str, Any]:
+def figures(clock: Clock, pairs: int, loss: float, steps: int, tokens: int, computed: int) -> dict[str, Any]:
     return {
-        "pairs_per_second": round(pairs / wall, 3),
-        "pairs_per_cpu_second": round(pairs / cpu, 3),
-        "seconds": round(wall, 1),
-        "cpu_seconds": round(cpu, 1),
+        "pairs_per_second": round(pairs / clock.wall, 3),
+        "pairs_per_cpu_second": round(pairs / clock.cpu, 3),
+        "seconds": round(clock.wall, 1),
+        "cpu_seconds": round(clock.cpu, 1),
         "mean_loss": loss,
         "steps": steps,
         "text_tokens": tokens,
@@ -238,16 +289,15 @@ def compare(folder: Path, file: str, options: argparse.Namespace) -> dict[str, A
 
     chat = ChatTokenizer.from_folder(folder)
     pairs = sample(chat, file, options)
-    sides = {
-        "shared": lambda: ours(folder, chat, pairs, lambda chat, pair: pair_tree(chat, pair, None), options),
-        "unshared": lambda: ours(folder, chat, pairs, flat_tree, options),
-        "trl": lambda: theirs(folder, pairs, False, options),
-        "trl_grouped": lambda: theirs(folder, pairs, True, options),
-    }
-    found = {}
-    for name in SIDES:
-        print(f"{file}: {name}, {len(pairs)} pairs", file=sys.stderr, flush=True)
-        found[name] = sides[name]()
+    print(f"{file}: {len(pairs)} pairs", file=sys.stderr, flush=True)
+    found = in_turns(
+        {
+            "shared": lambda clock: ours(clock, folder, chat, pairs, lambda c, pair: pair_tree(c, pair, None), options),
+            "unshared": lambda clock: ours(clock, folder, chat, pairs, flat_tree, options),
+            "trl": lambda clock: theirs(clock, folder, pairs, False, options),
+            "trl_grouped": lambda clock: theirs(clock, folder, pairs, True, options),
+        }
+    )
     ratios = {
         f"shared_to_{name}": {
             rate: round(found["shared"][rate] / found[name][rate], 2)
