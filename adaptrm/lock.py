@@ -1,6 +1,6 @@
 """A folder that one process at a time writes to: a file lock on disks, a lease on object stores."""
 
-import _thread
+import ctypes
 import json
 import secrets
 import threading
@@ -19,6 +19,10 @@ LOCK = ".lock"
 LEASE = 60.0  # seconds; a holder that shows no sign of life for so long is dead
 SIGNS = 6  # of life a lease
 HELD = "another run holds this folder; wait for it or give another --out"
+
+
+class _Lost(BaseException):
+    """Raised in the thread that held a folder; no ``except Exception`` on its way holds it up."""
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def _lease(folder: str | PathLike) -> Iterator[None]:
     """An object with its holder's token and a count that the holder raises; no clock of another machine is read."""
     file, owner = paths.join(folder, LOCK), secrets.token_hex(8)
     _take(folder, file, owner)
-    ended, lost = threading.Event(), threading.Event()
+    ended, holder = threading.Event(), threading.get_ident()
 
     def show_life() -> None:
         count = 0
@@ -62,25 +66,24 @@ def _lease(folder: str | PathLike) -> Iterator[None]:
             count += 1
             with suppress(InputError):  # the store does not answer; it may the next time
                 if _owner(file) != owner:
-                    lost.set()
-                    _thread.interrupt_main()
+                    # No signal: jobs that a script starts in the background ignore SIGINT.
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(holder), ctypes.py_object(_Lost))
                     return
                 paths.write_bytes(file, _sign(owner, count))
 
     thread = threading.Thread(target=show_life, daemon=True)
     thread.start()
     try:
-        yield
-    except KeyboardInterrupt:
-        if not lost.is_set():
-            raise
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with suppress(InputError):
+                if _owner(file) == owner:
+                    paths.remove(folder, [LOCK])
+    except _Lost:
         raise InputError(f"{folder}: another run took this folder over; look which of the two should go on") from None
-    finally:
-        ended.set()
-        thread.join()
-        with suppress(InputError):
-            if _owner(file) == owner:
-                paths.remove(folder, [LOCK])
 
 
 def _take(folder: str | PathLike, file: str, owner: str) -> None:

@@ -36,7 +36,7 @@ def many_layers(tmp_path_factory) -> Path:
     return write_folder(folder / "in", MANY_LAYERS, hf_tensors(MANY_LAYERS), shards=3)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_host_memory_beyond_the_device_arrays_is_less_than_one_tensor(many_layers, tmp_path, processes):
     command = [sys.executable, str(PROGRAM), str(many_layers), str(tmp_path / "out"), str(tmp_path / "result")]
     # As many devices a process that no slice is contiguous: else arrays on the CPU may be those on the host.

@@ -130,6 +130,7 @@ def test_the_whole_chain_in_memory(uninterrupted, made, monkeypatch, capsys):
         export_run(run, f"{store}/scores")
 
 
+@pytest.mark.slow
 def test_the_whole_chain_on_s3_with_a_kill_in_the_middle(uninterrupted, made, s3, cache, monkeypatch, capsys):
     """Killed and started again, the run has the losses and weights of the one in memory, bit for bit."""
     store = upload(made, new_folder("s3"))
