@@ -19,7 +19,7 @@ ADAPTRM = str(Path(sys.executable).parent / "adaptrm")
 # One device a process: these tests are about processes, and eight devices would only be slower.
 ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 # As in conftest.py: commands that compute for moments start faster without optimised machine code.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"}
 
 
 def adaptrm(

@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
         # Tests compile many small programs and run each for milliseconds: machine code of any quality halves the time.
         "--xla_backend_optimization_level=0",
+        # The devices keep the cores busy; threads of each product would only wait for one another.
+        "--xla_cpu_multi_thread_eigen=false",
         # Last, so that flags from outside win.
         os.environ.get("XLA_FLAGS", ""),
     ]
@@ -26,6 +28,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import jax
@@ -48,6 +53,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     assert jax.device_count() == 8, "jax was started before tests/conftest.py could ask for eight devices"
+    config.option.loadscopereorder = False  # of pytest-xdist: by the number of tests, which is not their time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, that workers with a file each end together."""
+    items.sort(key=lambda item: item.path.name not in ("test_train.py", "test_demo.py"))
 
 
 def _folder(request: pytest.FixtureRequest, option: str) -> Path:

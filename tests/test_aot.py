@@ -168,6 +168,7 @@ def cases(platform: str) -> list:
 
 def compiles_and_fits(config: str, target: str, kind: str) -> None:
     done = adaptrm("plan", config, "--target", target, "--only", kind, "--json", long=True)
+    print(done.stdout)  # what tools/plan_table.py makes a row of
     (step,) = json.loads(done.stdout)["steps"].values()
     parts = sum(step.get(part, 0) for part in ("parameters", "optimizer", "batch"))
     assert step["fits"], step
