@@ -341,6 +341,8 @@ def version(
 
 def main() -> None:
     """Entry point: bad input is one line and exit code 2; what was told to stop, one line and 75."""
+    # Without torch transformers warns that models will not be available, which are ours here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with stops_at_once(), _ended_together():
             app()
