@@ -6,7 +6,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,12 +157,14 @@ def _launched(launcher: Launcher, address: str | None) -> Processes | None:
     if count == 1:
         return None
     if address is None:
-        if not launcher.cluster.is_env_present():
+        with suppress(RuntimeError):  # of a newer jax under Open MPI 5 without mpi4py
+            if launcher.cluster.is_env_present():
+                address = launcher.cluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+        if address is None:
             raise InputError(
                 f"{launcher.name} runs {count} processes and does not say where the first is; set {EXPLICIT[0]} to a "
                 "host:port of its host"
             )
-        address = launcher.cluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
     if launcher.hosts is None:
         several = _number(launcher.local_count, os.environ.get(launcher.local_count)) > 1
     else:
