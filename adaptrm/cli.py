@@ -1,19 +1,19 @@
 """The verbs: parse, call, print. No logic, and nothing heavy imported before it is needed."""
 
-import json
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from adaptrm import __version__
 from adaptrm.errors import RESTART, InputError, Stopped, printable
 from adaptrm.preemption import stops_at_once
+from adaptrm.results import show
 from adaptrm.watchdog import watching
 
 app = typer.Typer(
@@ -63,6 +63,14 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Quantize(StrEnum):
+    int8 = "int8"
+
+
+QuantizeTo = Annotated[Quantize | None, typer.Option(help="Keep the judge's projections in this; needs the extra.")]
+Tensor = Annotated[int, typer.Option(min=1, help="Devices that split a layer of the judge; the rest share the rows.")]
+
+
 class OnBadRow(StrEnum):
     fail = "fail"
     skip = "skip"
@@ -101,6 +109,8 @@ def score(
     out: Annotated[str, typer.Option(help="Score folder; an unfinished one goes on.")],
     template: Annotated[Template, typer.Option(help="Order of the judge prompt.")] = Template.conversation_first,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the judge.")] = Dtype.float32,
+    quantize: QuantizeTo = None,
+    tensor: Tensor = 1,
     part_size: Annotated[int, typer.Option(min=1, help="Pairs a part; a rerun goes on by whole parts.")] = 256,
     columns: Annotated[
         list[str] | None, typer.Option(help="RULE=COLUMN,... of a table, where they differ; repeatable.")
@@ -123,7 +133,8 @@ def score(
 
     table = (tuple(columns or ()), value_range)
     job = ScoreJob(
-        pairs, judge, rules, out, template.value, dtype.value, part_size, on_bad_row.value, truncate_to, *table
+        *(pairs, judge, rules, out, template.value, dtype.value, part_size, on_bad_row.value, truncate_to, *table),
+        *(quantize and quantize.value, tensor),
     )
     show(predict(job) if dry_run else run(job), as_json)
 
@@ -287,47 +298,6 @@ def dotted(args: list[str]) -> dict[str, str]:
             value = rest.pop(0)
         values[key] = value
     return values
-
-
-def show(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result: JSON for machines, a table for people."""
-    from adaptrm.progress import is_silent
-
-    if is_silent():
-        return
-    picture = result.pop("table", None)
-    if as_json:
-        print(json.dumps(result))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in result.items():
-        shown = Text("\n".join(map(printable, _lines(value))))  # names of files are no markup
-        table.add_row(name.replace("_", " "), shown)
-    console.print(table)
-    if picture is not None:
-        console.print(picture)
-
-
-def _lines(value: Any) -> list[str]:
-    """A value as lines: each entry of a dictionary is one."""
-    if isinstance(value, dict) and value:
-        return [f"{k}: {_readable(v)}" for k, v in value.items()]
-    return [_readable(value)]
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {_readable(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, list):
-        return " to ".join(map(_readable, value)) if len(value) == 2 else ", ".join(map(_readable, value))
-    return "none" if value is None else str(value)
 
 
 @app.callback(invoke_without_command=True)

@@ -214,7 +214,7 @@ def test_dotted_options():
 LAYERS = [
     ["errors", "prefix_tree"],
     ["paths", "yaml_text", "progress", "watchdog", "preemption"],  # raise and show what errors defines
-    ["config", "lock"],  # read through them
+    ["config", "lock", "results"],  # read and show through them
     ["attention", "parallel"],
     ["models"],
     ["hf", "data", "rules"],

@@ -75,12 +75,10 @@ class Blocks:
         for number in range(self.shape[self.axis] // held):
             yield slice(number * self.rows, (number + 1) * self.rows), number * held + row
 
-    def write(self, stack: jax.Array | None, dtype: np.dtype, read: Callable, layer: int, row: int) -> jax.Array:
-        """Write one block in place: ``stack`` is donated.
+    def read(self, read: Callable, row: int) -> jax.Array:
+        """One block onto the devices.
 
         Args:
-            stack: None before the first block.
-            dtype: of the stack.
             read: ``read(first, sizes)`` gives that part of the layer, as a host array; it is asked for what the
                 devices of this process hold.
         """
@@ -96,9 +94,11 @@ class Blocks:
             columns = tuple(slice(low - start, high - start) for (low, high), start in rest)[axis + 1 :]
             return parts[first][(None,) * axis + (slice(None), *columns)]
 
-        block = jax.make_array_from_callback(self.shape_of_one, self.layout, pick)
-        stack = _zeros(self.layout, self.shape, dtype)() if stack is None else stack
-        stack = _writer(self.layout)(stack, block, self._first(layer, row))
+        return jax.make_array_from_callback(self.shape_of_one, self.layout, pick)
+
+    def write(self, stack: jax.Array, block: jax.Array, layer: int, row: int) -> jax.Array:
+        """Write one block in place: ``stack`` is donated. Both may lack dimensions at the end, as scales do."""
+        stack = _writer(stack.sharding)(stack, block, self._first(layer, row)[: stack.ndim])
         return jax.block_until_ready(stack)  # else blocks that wait to be written fill the host
 
     def gather(self, stack: jax.Array, layer: int, row: int) -> jax.Array:
@@ -121,6 +121,11 @@ def layout_of(array: jax.Array) -> NamedSharding:
 
 def bounds_of(index: Sequence[slice], shape: Sequence[int]) -> list[tuple[int, int]]:
     return [cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True)]
+
+
+def zeros(layout: NamedSharding, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    """What blocks are written into."""
+    return _zeros(layout, shape, dtype)()
 
 
 @lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
 """Weights from Hugging Face safetensors, block by block, onto the mesh."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from adaptrm.errors import InputError
-from adaptrm.hf.blocks import BLOCK_BYTES, Blocks
+from adaptrm.hf.blocks import BLOCK_BYTES, Blocks, zeros
 from adaptrm.hf.folder import HEAD, Folder, listed
+from adaptrm.hf.int8 import check_quantizer, int8_shapes, quantizer
 from adaptrm.hf.keys import Key, key_table
 from adaptrm.hf.weight_file import DTYPES, Stored
 from adaptrm.models.config import ModelConfig, label_count
@@ -31,6 +32,7 @@ def load_weights(
     dtype: str | None = None,
     new_head_seed: int | None = None,
     vocab_size: int | None = None,
+    quantize: str | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State, ModelConfig]:
     """Build a model and fill it, each parameter placed on the mesh by the table of logical axes.
 
@@ -38,6 +40,7 @@ def load_weights(
         dtype: of the parameters; None keeps what is stored.
         new_head_seed: make a fresh ``score`` head where the folder has none (a causal language model).
         vocab_size: at least the folder's; rows that the folder does not have are the mean of the others.
+        quantize: ``int8`` rounds the projections of the layers as they are read (``hf.int8``).
 
     Raises:
         InputError: tensors are missing or left over, or a shape or dtype is not what the config says.
@@ -49,6 +52,9 @@ def load_weights(
     table = key_table(abstract)
     fresh = {HEAD} if new_head_seed is not None and not folder.is_classifier else set()
     _check_tensors(folder, table, fresh, model_type, config.vocab_size - folder.config.vocab_size)
+    if quantize is not None:
+        check_quantizer(quantize)
+        definition, abstract = int8_shapes(definition, abstract)
     axes = logical_axes(definition, abstract)
     flat = {}
     for key in table:
@@ -56,6 +62,10 @@ def load_weights(
         if key.names[0] in fresh:
             noise = np.random.default_rng(new_head_seed).standard_normal(key.shape)
             flat[key.path] = place((noise * config.hidden_size**-0.5).astype(dtype or "float32"), layout)
+        elif (scale := (*key.path[:-1], "scale")) in axes and key.path[-1] == "weight":
+            outputs = axes[scale]
+            scales = sharding(mesh, key.shape[: len(outputs)], outputs)
+            flat[key.path], flat[scale] = _read_int8(folder, key, layout, scales)
         else:
             flat[key.path] = _read(folder, key, dtype, layout)
     state = jax.tree.map(lambda leaf: leaf, abstract)
@@ -134,7 +144,41 @@ def _check_labels(folder: Folder, wanted: int) -> None:
 
 
 def _read(folder: Folder, key: Key, dtype: str | None, layout: NamedSharding) -> jax.Array:
-    """One parameter, each block read where the devices of this process need it and written into the stacked array.
+    """One parameter, each block read where the devices of this process need it and written into the stacked array."""
+    layers, kind = _layers(folder, key, dtype)
+    target = np.dtype(dtype or kind)
+    if math.prod(key.shape) * max(target.itemsize, 4) <= SMALL:
+        shape = key.shape[1:] if key.stacked else key.shape
+        whole = [read([0] * len(shape), shape).astype(target) for read in layers]
+        return place(np.stack(whole).reshape(key.shape), layout)
+    blocks = _blocks(folder, key, layout)
+    stack = zeros(layout, key.shape, target)
+    for layer, read in enumerate(layers):
+        for row in blocks.first_rows():
+            stack = blocks.write(stack, blocks.read(read, row), layer, row)
+    return stack
+
+
+def _read_int8(folder: Folder, key: Key, layout: NamedSharding, scales: NamedSharding) -> tuple[jax.Array, jax.Array]:
+    """The weight of a projection in int8 and the scale of each output, from what is stored, block by block."""
+    layers, _ = _layers(folder, key, "float32")
+    blocks, narrow = _blocks(folder, key, layout), quantizer(layout, scales)
+    weight = zeros(layout, key.shape, np.dtype("int8"))
+    scale = zeros(scales, key.shape[: len(scales.spec)], np.dtype("float32"))
+    for layer, read in enumerate(layers):
+        for row in blocks.first_rows():
+            whole, sizes = narrow(blocks.read(read, row))
+            weight, scale = blocks.write(weight, whole, layer, row), blocks.write(scale, sizes, layer, row)
+    return weight, scale
+
+
+def _blocks(folder: Folder, key: Key, layout: NamedSharding) -> Blocks:
+    itemsize = max(DTYPES[folder.tensors[name].dtype].itemsize for name in key.names)
+    return Blocks(key.shape, layout, key.stacked, itemsize, _block_bytes(folder))
+
+
+def _layers(folder: Folder, key: Key, dtype: str | None) -> tuple[list[Callable], np.dtype]:
+    """How a part of each layer of a parameter is read, ``read(first, sizes)``, and the dtype that is stored.
 
     Rows of the vocabulary that are not stored are the mean of the others.
     """
@@ -143,13 +187,12 @@ def _read(folder: Folder, key: Key, dtype: str | None, layout: NamedSharding) ->
     for name, tensor in zip(key.names, stored, strict=True):
         if dtype is None and DTYPES[tensor.dtype] != kind:
             raise InputError(f"{tensor.file}: {name} is {DTYPES[tensor.dtype]}, other layers {kind}; give a dtype")
-    shape, most = key.shape[1:] if key.stacked else key.shape, _block_bytes(folder)
+    shape = key.shape[1:] if key.stacked else key.shape
     mean, rows = None, shape[0]
     if key.names[0] in VOCABULARY and stored[0].shape[0] < rows:
-        mean, rows = _mean_row(stored[0], most), stored[0].shape[0]
+        mean, rows = _mean_row(stored[0], _block_bytes(folder)), stored[0].shape[0]
 
-    def read(layer: int, first: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
-        tensor = stored[layer]
+    def read(tensor: Stored, first: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
         out = np.empty(sizes, DTYPES[tensor.dtype])
         count = min(max(rows - first[0], 0), sizes[0])
         if count:
@@ -158,16 +201,7 @@ def _read(folder: Folder, key: Key, dtype: str | None, layout: NamedSharding) ->
             out[count:] = mean[first[1] : first[1] + sizes[1]]
         return out
 
-    target = np.dtype(dtype or kind)
-    if math.prod(key.shape) * max(target.itemsize, 4) <= SMALL:
-        layers = [read(layer, [0] * len(shape), shape).astype(target) for layer in range(len(stored))]
-        return place(np.stack(layers).reshape(key.shape), layout)
-    blocks = Blocks(key.shape, layout, key.stacked, max(DTYPES[tensor.dtype].itemsize for tensor in stored), most)
-    stack = None
-    for layer in range(len(stored)):
-        for row in blocks.first_rows():
-            stack = blocks.write(stack, target, partial(read, layer), layer, row)
-    return stack
+    return [partial(read, tensor) for tensor in stored], kind
 
 
 def _block_bytes(folder: Folder) -> int:

@@ -58,19 +58,22 @@ class Judge:
         template: str = "conversation-first",
         dtype: str = "float32",
         mesh: Mesh | None = None,
+        quantize: str | None = None,
     ) -> "Judge":
         """A Hugging Face folder of a causal language model, a hub name, or a run of ``train judge``.
 
         Args:
             dtype: of the parameters and the computation.
             mesh: None takes all devices of this process.
+            quantize: ``int8`` keeps the projections of the layers in int8, with a scale an output; they are multiplied
+                in ``dtype``. It needs qwix, of the extra ``int8``.
 
         Raises:
             InputError: the folder, its config, weights, tokenizer or chat template cannot be used.
         """
         folder = open_folder(model)
         mesh = mesh or local_mesh()
-        definition, state, _ = load_weights(folder, CausalLM, mesh, dtype=dtype)
+        definition, state, _ = load_weights(folder, CausalLM, mesh, dtype=dtype, quantize=quantize)
         chat = ChatTokenizer.from_folder(folder.path)
         return cls(folder.path, definition, state, chat, rules, template, dtype, mesh)
 

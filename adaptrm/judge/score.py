@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import adaptrm
 from adaptrm import paths
@@ -21,6 +22,7 @@ from adaptrm.judge.language_model import Judge
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.judge.table import PREFIX, Table
 from adaptrm.lock import hold
+from adaptrm.parallel import local_mesh
 from adaptrm.parallel.distributed import gathered, told_to_all
 from adaptrm.prefix_tree import choose_row_length
 from adaptrm.progress import progress
@@ -36,6 +38,7 @@ class ScoreJob:
     Attributes:
         judge: a causal language model, or ``table:FILE``.
         columns, value_range: of a table; see ``Table``.
+        quantize, tensor: of a model; ``int8`` weights, and how many devices split a layer.
         on_bad_row: ``skip`` lists rows that are no pairs and leaves them out.
         truncate_to: tokens of a question, to which longer ones are cut from the left; None cuts nothing, ever.
     """
@@ -51,18 +54,29 @@ class ScoreJob:
     truncate_to: int | None = None
     columns: tuple[str, ...] = ()
     value_range: str = "-1,1"
+    quantize: str | None = None
+    tensor: int = 1
 
     def source(self, pool: RulePool) -> Judge | Table:
         """Where the scores come from."""
         if not self.judge.startswith(PREFIX):
             if self.columns or self.value_range != ScoreJob.value_range:
                 raise InputError(f"--columns and --range are for a table (--judge {PREFIX}FILE), not for a model")
-            return Judge.from_pretrained(self.judge, pool, self.template, self.dtype)
+            return Judge.from_pretrained(self.judge, pool, self.template, self.dtype, self.mesh(), self.quantize)
         if self.truncate_to is not None:
             raise InputError("--truncate-to is for a model; a table has no tokens to cut")
+        if self.quantize is not None or self.tensor != 1:
+            raise InputError("--quantize and --tensor are for a model; a table has no weights")
         table = Table(self.judge.removeprefix(PREFIX), pool, self.columns, self.value_range)
         table.check(read_pairs(self.pairs, BadRows(self.on_bad_row, listed=False)))
         return table
+
+    def mesh(self) -> Mesh:
+        """The devices of this process: those that split a layer, and the rest over rows."""
+        try:
+            return local_mesh(self.tensor)
+        except ValueError as wrong:
+            raise InputError(f"--tensor {self.tensor}: {wrong}") from None
 
     def truncation(self, source: Judge | Table) -> Truncation:
         """What cuts pairs to ``truncate_to``."""
@@ -225,6 +239,7 @@ def _manifest(job: ScoreJob, source: Judge | Table, pool: RulePool, count: int, 
         "rules": list(pool.ids),
         "model": job.judge,
         "dtype": job.dtype,
+        "quantize": job.quantize,
         "versions": {"adaptrm": adaptrm.__version__, "jax": jax.__version__},
         **source.describe(),
     }

@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens, D hidden size, F intermediate size, N heads, K
 
 import math
 import re
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -55,10 +56,11 @@ projected.defvjp(_projected_forward, _projected_backward)
 class Weight(nnx.Module):
     """One parameter, with the logical axis of each dimension; as a projection it may have a bias.
 
-    A bias has the leading axes of its weight, since those are the outputs.
+    A bias has the leading axes of its weight, since those are the outputs. So has the scale of a weight in int8.
     """
 
     lora_a = lora_b = lora_scale = None  # of the class, so that adapters can come and go
+    scale = None
 
     def __init__(
         self,
@@ -81,12 +83,14 @@ class Weight(nnx.Module):
         """The logical axes of each parameter; the adapter's A maps inputs to its rank, B its rank to outputs."""
         outputs, inputs = self.axes[: -self.inputs], self.axes[-self.inputs :]
         lora_a = (*self.axes[:1], "rank", *inputs)
-        named = {"weight": self.axes, "bias": outputs, "lora_a": lora_a, "lora_b": (*outputs, "rank")}
+        named = {"weight": self.axes, "bias": outputs, "scale": outputs, "lora_a": lora_a, "lora_b": (*outputs, "rank")}
         return {name: axes for name, axes in named.items() if getattr(self, name) is not None}
 
     def project(self, equation: str, x: Array) -> Array:
         """``einsum(equation, x, weight)`` plus the bias and the adapter's part, in the dtype of ``x``."""
         out = projected(equation, x, self.weight[...].astype(x.dtype))
+        if self.scale is not None:  # exact: it is of the output, and the integers are whole in every dtype
+            out = (out * self.scale[...]).astype(x.dtype)
         if self.bias is not None:
             out += self.bias[...].astype(x.dtype)
         if self.lora_a is None:
@@ -133,14 +137,29 @@ def rotate(x_BTNH: Array, angles_BTh: Array) -> Array:
 ADAPTERS = ("lora_a", "lora_b")
 
 
+def projections(model: nnx.Module) -> Iterator[Weight]:
+    """The projections of the layers."""
+    return (module for path, module in nnx.iter_modules(model) if path and str(path[-1]).endswith("_proj"))
+
+
 def add_adapters(model: nnx.Module, rank: int, alpha: float) -> None:
     """Give every projection of the layers an adapter ``(alpha / rank) B A`` (Hu et al. 2021), all zero here."""
-    for path, module in nnx.iter_modules(model):
-        if path and str(path[-1]).endswith("_proj"):
-            shape = module.weight.shape
-            module.lora_a = nnx.Param(jnp.zeros((shape[0], rank, *shape[-module.inputs :])))
-            module.lora_b = nnx.Param(jnp.zeros((*shape[: -module.inputs], rank)))
-            module.lora_scale = alpha / rank
+    for module in projections(model):
+        shape = module.weight.shape
+        module.lora_a = nnx.Param(jnp.zeros((shape[0], rank, *shape[-module.inputs :])))
+        module.lora_b = nnx.Param(jnp.zeros((*shape[: -module.inputs], rank)))
+        module.lora_scale = alpha / rank
+
+
+def narrow_projections(model: nnx.Module) -> None:
+    """Give every projection of the layers weights in int8 with a float32 scale an output, all zero here.
+
+    ``hf.load`` fills them with ``weight / scale``, rounded.
+    """
+    for module in projections(model):
+        shape = module.weight.shape
+        module.weight = nnx.Param(jnp.zeros(shape, jnp.int8))
+        module.scale = nnx.Param(jnp.zeros(shape[: -module.inputs]))
 
 
 class Attention(nnx.Module):

@@ -39,9 +39,13 @@ def make_mesh(data: int | None = None, fsdp: int = -1, tensor: int = 1, devices:
     return Mesh(_arrange(devices, shape, slices), AXES, axis_types=auto)
 
 
-def local_mesh() -> Mesh:
-    """All devices of this process on the fsdp axis: rows are spread, and so are parameters."""
-    return make_mesh(devices=jax.local_devices())
+def local_mesh(tensor: int = 1) -> Mesh:
+    """All devices of this process, but for those that split a layer on the fsdp axis: it spreads rows and parameters.
+
+    Raises:
+        ValueError: as ``make_mesh``.
+    """
+    return make_mesh(tensor=tensor, devices=jax.local_devices())
 
 
 def count_slices(devices: Sequence) -> int:
