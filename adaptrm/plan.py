@@ -91,6 +91,7 @@ CHIPS = {
     "v5e": Chip("tpu", int(15.75 * GIB)),
     "v5p": Chip("tpu", int(95.74 * GIB)),
     "v6e": Chip("tpu", int(31.25 * GIB)),
+    "tpu7x": Chip("tpu", int(94.75 * GIB)),  # of each of the two devices of a chip
     "h100": Chip("cuda", 84942979072 * 3 // 4, H100),
 }
 

@@ -11,12 +11,17 @@ from hypothesis import strategies as st
 from numerics import assert_equal_to
 from trees import deep, fan, flatten, nodes, pack
 
-from adaptrm.attention import reference, xla
+from adaptrm.attention import reference, tpu, xla
 from adaptrm.prefix_tree import Node, PackedRows, PrefixTree
 
 HEADS, DIM = 4, 8
 ROWS, TOKENS, LEAVES = 2, 200, 32  # no multiple of a block: the last one is filled up
 SEQUENCES, LENGTH = 64, 64
+LOWERINGS = {
+    "reference": reference.tree_attention,
+    "xla": xla.tree_attention,
+    "tpu": partial(tpu.tree_attention, interpret=True),
+}
 
 
 def random_arrays(packed: PackedRows, kv_heads: int, seed: int = 0, dtype=np.float32):
@@ -30,7 +35,7 @@ def random_arrays(packed: PackedRows, kv_heads: int, seed: int = 0, dtype=np.flo
 @lru_cache
 def tree_side(lowering: str, block: int | None = None):
     """Jitted (outputs, gradients) of a lowering on packed rows; outputs of padding are set to 0."""
-    attention = reference.tree_attention if lowering == "reference" else partial(xla.tree_attention, block=block)
+    attention = LOWERINGS[lowering] if block is None else partial(LOWERINGS[lowering], block=block)
 
     def loss(qkv, weights, subtree_end, real):
         out = jnp.where(real[..., None, None], attention(*qkv, subtree_end), 0)
@@ -53,12 +58,14 @@ def flat_side(qkv, weights, row, index, first):
     return jax.value_and_grad(loss, has_aux=True)(qkv)
 
 
-def check(packed: PackedRows, kv_heads: int, block: int, flat_shape=(SEQUENCES, LENGTH), may_vanish=False) -> None:
+def check(
+    packed: PackedRows, kv_heads: int, block: int, flat_shape=(SEQUENCES, LENGTH), may_vanish=False, lowering="xla"
+) -> None:
     *qkv, weights = random_arrays(packed, kv_heads)
     flat = flatten(packed, *flat_shape)
     real = np.zeros(packed.tokens.shape, bool)
     np.logical_or.at(real, (flat.row[:, None], flat.index), flat.first)
-    (_, out), grads = tree_side("xla", block)(qkv, weights, packed.subtree_end, real)
+    (_, out), grads = tree_side(lowering, block)(qkv, weights, packed.subtree_end, real)
     (_, dense_out), dense_grads = tree_side("reference")(qkv, weights, packed.subtree_end, real)
     (_, flat_out), flat_grads = flat_side(qkv, weights, flat.row, flat.index, flat.first)
     assert_equal_to((out, grads), (dense_out, dense_grads), 1e-5, may_vanish)
@@ -74,6 +81,12 @@ def test_equals_separate_sequences(kv_heads, block):
     packed = pack(FIXED, ROWS, TOKENS, LEAVES)
     assert (packed.owner[:, 0, 0] >= 0).all() and len(np.unique(packed.owner[..., 0])) > 5
     check(packed, kv_heads, block)
+
+
+@pytest.mark.parametrize(("kv_heads", "block", "heads_a_step"), [(4, 64, 1), (2, 16, 2), (1, 128, 1)])
+def test_the_tpu_kernel_equals_separate_sequences(kv_heads, block, heads_a_step, monkeypatch):
+    monkeypatch.setattr(tpu, "QUERIES", heads_a_step * (HEADS // kv_heads) * block * DIM * 4)
+    check(pack(FIXED, ROWS, TOKENS, LEAVES), kv_heads, block, lowering="tpu")
 
 
 @pytest.mark.parametrize("branches", [1, 2, 10, 100])
@@ -120,12 +133,12 @@ def float64_outputs(qkv, subtree_end) -> np.ndarray:
     return np.einsum("bnij,bjnh->binh", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("block", [16, 64])
-def test_bfloat16_is_no_further_from_float64_than_separate_sequences_are(block):
+@pytest.mark.parametrize(("lowering", "block"), [("xla", 16), ("xla", 64), ("tpu", 16)])
+def test_bfloat16_is_no_further_from_float64_than_separate_sequences_are(lowering, block):
     packed = pack(FIXED, ROWS, TOKENS, LEAVES)
     *qkv, _ = random_arrays(packed, 2, dtype=jnp.bfloat16)
     flat = flatten(packed, SEQUENCES, LENGTH)
-    attention = jax.jit(partial(xla.tree_attention, block=block))
+    attention = jax.jit(partial(LOWERINGS[lowering], block=block))
     exact = flat.take(float64_outputs(qkv, packed.subtree_end))
     tree = flat.take(np.asarray(attention(*qkv, packed.subtree_end), np.float64))
     causal = np.full(flat.index.shape, LENGTH, np.int32)
@@ -148,8 +161,9 @@ def shapes_of(jaxpr) -> set[tuple[int, ...]]:
     return found
 
 
+@pytest.mark.parametrize("lowering", ["xla", "tpu"])
 @pytest.mark.parametrize("what", ["forward", "gradient"])
-def test_no_array_over_all_pairs_of_tokens(what):
+def test_no_array_over_all_pairs_of_tokens(what, lowering):
     tokens = 1024
     packed = pack([fan(500, 50, 10)], 1, tokens, 50)
     *qkv, _ = random_arrays(packed, 2)
@@ -163,7 +177,7 @@ def test_no_array_over_all_pairs_of_tokens(what):
         return [shape for shape in shapes if sum(size >= tokens for size in shape) > 1]
 
     assert quadratic(reference.tree_attention)  # the search does find such arrays
-    assert not quadratic(partial(xla.tree_attention, block=128))
+    assert not quadratic(partial(LOWERINGS[lowering], block=128))
 
 
 def test_key_blocks_that_no_query_sees_are_skipped():
@@ -181,14 +195,15 @@ def test_key_blocks_that_no_query_sees_are_skipped():
     assert counts.sum() < 0.5 * count * (count + 1) / 2
 
 
-def test_what_is_skipped_is_never_read():
+@pytest.mark.parametrize("lowering", ["xla", "tpu"])
+def test_what_is_skipped_is_never_read(lowering):
     # Two trees whose runs fill whole blocks; the middle branch of the first and all of the second are nan.
-    packed = pack([fan(16, 3, 16), fan(32, 2, 16)], 1, 128, 8)
+    packed = pack([fan(16, 3, 16), fan(32, 2, 16)], ROWS, TOKENS, LEAVES)
     *qkv, weights = random_arrays(packed, 2)
     kept = np.zeros(packed.tokens.shape, bool)
     kept[0, :32] = kept[0, 48:64] = True
     soiled = np.where(kept[..., None, None], 0, np.nan).astype(np.float32)
-    run = tree_side("xla", 16)
+    run = tree_side(lowering, 16)
     (_, out), grads = run(qkv, weights, packed.subtree_end, kept)
     (_, soiled_out), soiled_grads = run([x + soiled for x in qkv], weights, packed.subtree_end, kept)
     assert np.isfinite(out).all() and np.array_equal(out, soiled_out)

@@ -15,7 +15,7 @@ from adaptrm.errors import InputError
 from adaptrm.progress import say
 
 FORCE = "ADAPTRM_ATTENTION"  # read where a program is traced
-KERNELS: dict[str, str] = {}  # the platform of a device, as jax names it -> the lowering written for it
+KERNELS: dict[str, str] = {"tpu": "tpu"}  # the platform of a device, as jax names it -> the lowering written for it
 ANYWHERE = "xla"
 LOWERINGS = (ANYWHERE, "reference", *KERNELS.values())
 
