@@ -115,6 +115,17 @@ def test_any_number_of_tokens(tokens):
     assert_equal_to(out, reference.tree_attention(*qkv, packed.subtree_end), 1e-5)
 
 
+def test_what_an_accelerator_computes_at_once_is_what_a_cpu_computes_in_turn(monkeypatch):
+    packed = pack(FIXED, ROWS, TOKENS, LEAVES)
+    *qkv, weights = random_arrays(packed, 2)
+    found = []
+    for size, every in xla.PLATFORMS.values():
+        monkeypatch.setattr(xla, "PLATFORMS", {"cpu": (size, every), "default": (size, every)})
+        loss = lambda *qkv: jnp.sum(xla.tree_attention(*qkv, packed.subtree_end) * weights)  # noqa: E731
+        found.append(jax.value_and_grad(loss, argnums=(0, 1, 2))(*qkv))
+    assert_equal_to(*found, 1e-5)
+
+
 def test_padding_attends_to_itself_alone():
     packed = pack([fan(3, 2, 2)], ROWS, TOKENS, LEAVES)
     *qkv, _ = random_arrays(packed, HEADS)
