@@ -15,7 +15,8 @@ from adaptrm.errors import InputError
 from adaptrm.progress import say
 
 FORCE = "ADAPTRM_ATTENTION"  # read where a program is traced
-KERNELS: dict[str, str] = {"tpu": "tpu"}  # the platform of a device, as jax names it -> the lowering written for it
+# The platform of a device, as jax names it -> the lowering written for it.
+KERNELS: dict[str, str] = {"gpu": "gpu", "tpu": "tpu"}
 ANYWHERE = "xla"
 LOWERINGS = (ANYWHERE, "reference", *KERNELS.values())
 
