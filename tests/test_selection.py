@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import adaptrm
 from adaptrm.selection import STRATEGIES, select
+from adaptrm.selection.top_rules import TILE
 
 PAIRS, RULES, K = 50_000, 20, 5
 FIXED = [7, 0, 19, 3, 12]
@@ -71,6 +72,54 @@ def test_equals_the_reference(strategy, weight, levels):
         assert (margin == 0).sum() > 100  # the case is about ties: there must be some
 
 
+def mixed_scores(pairs: int, rules: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Row by row: any values, few values, one value, zeros of either sign, the extremes."""
+    rng = np.random.default_rng(seed)
+    a, b, relevance = (x.copy() for x in scores(None, pairs, rules, seed))
+    kind = rng.integers(0, 5, pairs)
+    for x, low in ((a, -1), (b, -1), (relevance, 0)):
+        few = rng.choice(np.float32([low, 0, 0.25, 1]), x.shape)
+        x[kind == 1] = few[kind == 1]
+        x[kind == 2] = few[kind == 2, :1]
+        x[kind == 3] = np.float32(0) * rng.choice(np.float32([-1, 1]), x.shape)[kind == 3]
+        x[kind == 4] = rng.choice(np.float32([low, 1]), x.shape)[kind == 4]
+    return a, b, relevance
+
+
+# Pairs that fill no tile, one, one and a bit, some; rules and k of one block, of several, of more than networks take.
+@pytest.mark.parametrize(
+    ("strategy", "pairs", "rules", "k"),
+    [
+        ("max-discrepancy", TILE - 1, 9, 2),
+        ("max-discrepancy", TILE, 1, 1),
+        ("max-discrepancy", TILE + 1, 6, 6),
+        ("max-discrepancy", 2 * TILE, 33, 3),
+        ("max-discrepancy", TILE + 7, 100, 5),
+        ("relevance", TILE + 7, 100, 5),
+        ("max-discrepancy", TILE, 130, 6),
+        ("max-discrepancy", TILE, 40, 9),
+    ],
+)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**32 - 1), weight=st.sampled_from([0.0, 0.3, 0.5, -0.7, 3e38]))
+def test_tiles_equal_the_reference(strategy, pairs, rules, k, seed, weight):
+    a, b, relevance = mixed_scores(pairs, rules, seed)
+    got = select(a, b, relevance, strategy, k, weight)
+    with np.errstate(over="ignore"):
+        chosen, margin = reference(a, b, relevance, strategy, k, weight)
+    assert np.array_equal(got.rules, chosen)
+    assert np.array_equal(got.margin, margin)
+
+
+@pytest.mark.parametrize(("strategy", "rules"), [("max-discrepancy", 6), ("max-discrepancy", 40), ("fixed", 6)])
+def test_a_score_out_of_range_is_found_in_any_tile(strategy, rules):
+    for name, value in (("a", np.nan), ("b", 1.5), ("relevance", -1e-30)):
+        given = dict(zip(("a", "b", "relevance"), scores(None, TILE + 5, rules), strict=True))
+        given[name][TILE + 3, 4] = value
+        with pytest.raises(ValueError, match=rf"^{name} of row {TILE + 3}, rule 4, is"):
+            select(**given, strategy=strategy, k=SMALL_K, rules=[1, 2, 0] if strategy == "fixed" else None)
+
+
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_float64_agrees_where_gaps_are_wide(weight):
     a, b, relevance = scores(None, seed=1)
@@ -107,8 +156,7 @@ HEAVY = ("transformers", "flax", "orbax", "datasets", "grain", "pyarrow", "torch
 def test_compiled_for_users_it_equals_the_reference_and_needs_jax_alone(tmp_path):
     # Every value close to every other: differently rounded scores change places in thousands of rows.
     rng = np.random.default_rng(2)
-    a = rng.uniform(-1, 1, (PAIRS, RULES)).astype(np.float32)
-    b = rng.uniform(-1, 1, (PAIRS, RULES)).astype(np.float32)
+    a, b = rng.uniform(-1, 1, (2, PAIRS, 2 * RULES)).astype(np.float32)  # two blocks of a network
     relevance = np.clip(1 - np.abs(a - b) * np.float32(0.3), 0, 1).astype(np.float32)
     file = tmp_path / "scores.npz"
     np.savez(file, a=a, b=b, relevance=relevance)

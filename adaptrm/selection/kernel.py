@@ -4,7 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from adaptrm.selection.top_rules import in_range, top_rules
 
 STRATEGIES = ("max-discrepancy", "all", "random", "fixed", "relevance")
 
@@ -30,22 +32,42 @@ def select_rows(
     Args:
         first_row: position of the first pair in the whole set; random picks depend on (seed, row) alone.
     """
+    arrays = (a, b, relevance, discrepancy_weight, fixed, seed, first_row)
+    return checked_rows(*arrays, strategy=strategy, k=k)[:2]
+
+
+@partial(jax.jit, static_argnames=("strategy", "k"))
+def checked_rows(
+    a, b, relevance, discrepancy_weight, fixed, seed, first_row, *, strategy: str, k: int
+) -> tuple[Int32[Array, "pairs k"], Float32[Array, " pairs"], Bool[Array, " pairs"]]:
+    """As ``select_rows``, and whether all scores of each pair are in range: if not, the rest means nothing."""
     pairs, rules = a.shape
-    difference = a - b
-    if strategy == "fixed":
-        chosen = jnp.broadcast_to(fixed, (pairs, k))
-    elif strategy == "random":
-        key = jax.random.key(seed)
-        draw = jax.vmap(lambda row: jax.random.permutation(jax.random.fold_in(key, row), rules)[:k])
-        chosen = jnp.sort(draw(first_row + jnp.arange(pairs)), axis=1).astype(jnp.int32)
-    elif strategy == "relevance":
-        chosen = jax.lax.top_k(relevance, k)[1]
+    if strategy in ("fixed", "random"):
+        chosen = drawn_rules(strategy, fixed, seed, first_row + jnp.arange(pairs), rules, k)
+        valid = jnp.all(in_range(a, b, relevance), axis=1)
     else:
-        weighted = discrepancy_weight * jnp.abs(difference)
-        # Keeps product and sum two roundings, as the contract says: a fused multiply-add would order near-ties
-        # differently. (XLA for CPUs removes an optimization_barrier before LLVM contracts the two.)
-        weighted = jnp.where(jnp.isnan(weighted), 0.0, weighted)
-        chosen = jax.lax.top_k(relevance + weighted, k)[1]
-    picked = jnp.take_along_axis(difference, chosen, axis=1)
-    margin, _ = jax.lax.scan(lambda total, x: (total + x, None), jnp.zeros(pairs, jnp.float32), picked.T)
-    return chosen, margin
+        chosen, valid = top_rules(a, b, relevance, None if strategy == "relevance" else discrepancy_weight, k)
+    picked = jnp.take_along_axis(a, chosen, axis=1) - jnp.take_along_axis(b, chosen, axis=1)
+    return chosen, sum_in_order(picked), valid
+
+
+def drawn_rules(
+    strategy: str,
+    fixed: Int32[Array, " k"] | None,
+    seed: UInt32[Array, ""],
+    row: Int32[Array, " pairs"],
+    rules: int,
+    k: int,
+) -> Int32[Array, "pairs k"]:
+    """The rules of strategies that look at no score; ``row`` is that of the pair in the whole set."""
+    if strategy == "fixed":
+        return jnp.broadcast_to(fixed, (len(row), k))
+    key = jax.random.key(seed)
+    draw = jax.vmap(lambda row: jax.random.permutation(jax.random.fold_in(key, row), rules)[:k])
+    return jnp.sort(draw(row), axis=1).astype(jnp.int32)
+
+
+def sum_in_order(picked: Float32[Array, "pairs k"]) -> Float32[Array, " pairs"]:
+    """Float32 sums over k, from the first to the last."""
+    total, _ = jax.lax.scan(lambda total, x: (total + x, None), jnp.zeros(len(picked), jnp.float32), picked.T)
+    return total

@@ -1,0 +1,170 @@
+"""The k best rules of each pair, exact: descending float32 selection score, ties to the lower index.
+
+On a CPU a sort of every row costs many times what reading the scores does. There the pairs of a tile are the vector
+dimension: the tile is transposed, and its rules go one after another through a network that keeps the k best of each
+pair (compare with all of them, shift what is below), so that a rule costs a few vector instructions for eight or
+sixteen pairs. Elsewhere ``lax.top_k`` does it.
+"""
+
+import math
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+# Pairs of a tile, as parts that threads share and the pairs of a part, which lie side by side.
+PARTS, SIDE = 8, 64
+TILE = PARTS * SIDE
+# Rules of a network: positions in it take 5 bits, so that six slots leave it as one array. XLA for CPUs has no fusions
+# of several results, and would run the whole network anew for each.
+BLOCK = 32
+# Beyond these, networks cost more to compile or to run than they save.
+MOST_RULES_SELECTED, MOST_CANDIDATES = 6, 64
+
+
+def selection_score(
+    a: Float32[Array, "*shape"],
+    b: Float32[Array, "*shape"],
+    relevance: Float32[Array, "*shape"],
+    discrepancy_weight: Float32[Array, ""] | None,
+) -> Float32[Array, "*shape"]:
+    """``relevance + discrepancy_weight * |a - b|`` (METHOD.md section 1, step 4); relevance alone without a weight."""
+    relevance = jnp.abs(relevance)  # -0 sorts below 0, and would break a tie
+    if discrepancy_weight is None:
+        return relevance
+    weighted = discrepancy_weight * jnp.abs(a - b)
+    # Keeps product and sum two roundings, as the contract says: a fused multiply-add would order near-ties
+    # differently. (XLA for CPUs removes an optimization_barrier before LLVM contracts the two.)
+    return relevance + jnp.where(jnp.isnan(weighted), 0.0, weighted)
+
+
+def in_range(
+    a: Float32[Array, "*shape"], b: Float32[Array, "*shape"], relevance: Float32[Array, "*shape"]
+) -> Bool[Array, "*shape"]:
+    """Whether scores are in [-1, 1] and relevance is in [0, 1]; what is not finite is not."""
+    largest = jnp.maximum(jnp.maximum(jnp.abs(a), jnp.abs(b)), relevance)  # nan where one of them is
+    return jnp.where(relevance >= 0, largest, jnp.nan) <= 1
+
+
+def top_rules(
+    a: Float32[Array, "pairs rules"],
+    b: Float32[Array, "pairs rules"],
+    relevance: Float32[Array, "pairs rules"],
+    discrepancy_weight: Float32[Array, ""] | None,
+    k: int,
+) -> tuple[Int32[Array, "pairs k"], Bool[Array, " pairs"]]:
+    """The k best rules of each pair, best first, and whether all its scores are in range."""
+    pairs, rules = a.shape
+    blocks = -(-rules // BLOCK)
+    arrays = (a, b, relevance) if discrepancy_weight is None else (a, b, relevance, discrepancy_weight)
+    if pairs < TILE or k > MOST_RULES_SELECTED or blocks * k > MOST_CANDIDATES:
+        return _sorted_rules(*arrays, k=k)
+    return lax.platform_dependent(*arrays, cpu=partial(_networked_rules, k=k), default=partial(_sorted_rules, k=k))
+
+
+def _sorted_rules(a, b, relevance, discrepancy_weight=None, *, k: int):
+    chosen = lax.top_k(selection_score(a, b, relevance, discrepancy_weight), k)[1]
+    return chosen, jnp.all(in_range(a, b, relevance), axis=1)
+
+
+def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int):
+    """Tile by tile: the k best of each block of rules, then the k best of those candidates.
+
+    Loops stand where XLA must not fuse: into a consumer it would put a network once for every use.
+    """
+    pairs, rules = a.shape
+    blocks = -(-rules // BLOCK)
+    size = -(-rules // blocks)
+    kept = min(k, size)
+    packing, merging = Packing(size, kept), Packing(blocks * kept, k)
+
+    def of_tile(start):
+        tile = [lax.dynamic_slice_in_dim(x, start, TILE).reshape(PARTS, SIDE, rules) for x in (a, b, relevance)]
+        score = jnp.where(in_range(*tile), selection_score(*tile, discrepancy_weight), jnp.nan)
+        score = jnp.pad(
+            score.transpose(0, 2, 1), ((0, 0), (0, blocks * size - rules), (0, 0)), constant_values=-jnp.inf
+        )
+
+        def of_block(number):
+            block = lax.dynamic_slice_in_dim(score, number * size, size, axis=1)
+            scores = [block[:, i] for i in range(size)]
+            words = packing.pack(_best(scores, kept))
+            wrong = jnp.zeros(words[0].shape, bool)
+            for x in scores:
+                wrong |= jnp.isnan(x)
+            return [jnp.where(wrong, -1, words[0]), *words[1:]]
+
+        words = lax.map(of_block, jnp.arange(blocks))
+        if blocks == 1:
+            return words, ()
+        candidates = []
+        for number in range(blocks):
+            for slot in range(kept):
+                rule = packing.unpack([word[number] for word in words], slot) + number * size
+                found = jnp.take_along_axis(score, rule[:, None], axis=1, mode="promise_in_bounds")
+                candidates.append(found[:, 0])
+        return words, merging.pack(_best(candidates, k))
+
+    # The last tile begins where it ends with the pairs, over some that the tile before has done.
+    tiles = -(-pairs // TILE)
+    of_blocks, merged = lax.map(of_tile, jnp.minimum(jnp.arange(tiles) * TILE, pairs - TILE))
+    done = (tiles - 1) * TILE
+
+    def in_rows(x):
+        """``[tiles, blocks or none, parts, side]`` to ``[blocks or none, pairs]``."""
+        x = jnp.moveaxis(x.reshape(*x.shape[:-2], TILE), 0, -2)
+        head = x[..., :-1, :].reshape(*x.shape[:-2], done)
+        return jnp.concatenate([head, x[..., -1, TILE - (pairs - done) :]], axis=-1)
+
+    of_blocks, merged = ([in_rows(x) for x in words] for words in (of_blocks, merged))
+    chosen = []
+    for slot in range(k):
+        candidate = merging.unpack(merged, slot) if blocks > 1 else jnp.full(pairs, slot)
+        number, place = candidate // kept, candidate % kept
+        words = [sum(jnp.where(number == i, word[i], 0) for i in range(blocks)) for word in of_blocks]
+        chosen.append(number * size + packing.unpack(words, place))
+    return jnp.stack(chosen, axis=1), jnp.all(of_blocks[0] >= 0, axis=0)
+
+
+def _best(scores: list[Float32[Array, "*shape"]], k: int) -> list[Int32[Array, "*shape"]]:
+    """Positions of the k largest of some arrays, elementwise, largest first, ties to the lower position.
+
+    What comes later takes a place only where it is larger, so what came before stays ahead of its equals; the first k
+    fill the places, so even -inf takes the place of nothing.
+    """
+    best: list[tuple] = []
+    for position, score in enumerate(scores):
+        new = (score, jnp.full(score.shape, position, jnp.int32))
+        larger = [score > other for other, _ in best]
+        moved = []
+        for slot in range(min(len(best) + 1, k)):
+            entry = new if slot == len(best) else _select(larger[slot], new, best[slot])
+            moved.append(_select(larger[slot - 1], best[slot - 1], entry) if slot else entry)
+        best = moved
+    return [position for _, position in best]
+
+
+def _select(condition, one: tuple, other: tuple) -> tuple:
+    return tuple(jnp.where(condition, x, y) for x, y in zip(one, other, strict=True))
+
+
+class Packing:
+    """Several small positions in each word of 31 bits; a negative word says that there are none."""
+
+    def __init__(self, positions: int, slots: int):
+        self.bits, self.slots = max(1, math.ceil(math.log2(positions))), slots
+        self.each = 31 // self.bits
+
+    def pack(self, positions: list[Int32[Array, "*shape"]]) -> list[Int32[Array, "*shape"]]:
+        words = []
+        for start in range(0, self.slots, self.each):
+            shifted = [x << (self.bits * i) for i, x in enumerate(positions[start : start + self.each])]
+            words.append(sum(shifted[1:], shifted[0]))
+        return words
+
+    def unpack(self, words: list[Int32[Array, "*shape"]], slot: int | Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+        """The position in a slot, which may differ by element."""
+        number, place = slot // self.each, slot % self.each
+        word = sum(jnp.where(number == i, x, 0) for i, x in enumerate(words)) if len(words) > 1 else words[0]
+        return (word >> (self.bits * place)) & (2**self.bits - 1)
