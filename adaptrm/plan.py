@@ -24,7 +24,7 @@ from adaptrm.data.pipeline import RowSource, TreeStore
 from adaptrm.data.plan import Plan
 from adaptrm.errors import InputError
 from adaptrm.hf.load import abstract_model
-from adaptrm.judge.language_model import answer_leaves
+from adaptrm.judge.program import answer_leaves
 from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
 from adaptrm.models.config import read_json
 from adaptrm.models.known import KNOWN

@@ -218,7 +218,8 @@ LAYERS = [
     ["attention", "parallel"],
     ["models"],
     ["hf", "data", "rules"],
-    ["judge", "selection"],
+    ["selection"],
+    ["judge"],  # which selects in the program that scores
     ["train"],
     ["evaluate"],
     ["reward_model", "rule_adapter", "label", "export"],

@@ -8,11 +8,14 @@ from numerics import assert_equal_to
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
 from adaptrm.data.preferences import Pair
+from adaptrm.data.scores import Scores
 from adaptrm.judge import Judge
+from adaptrm.judge.program import answer_leaves, decide_leaves, scores_of
 from adaptrm.judge.prompts import TEMPLATES
-from adaptrm.parallel import make_mesh
+from adaptrm.parallel import make_mesh, read_leaves
 from adaptrm.prefix_tree import Node, PrefixTree
 from adaptrm.rules import RulePool
+from adaptrm.selection import select
 
 POOL = tiny_pool(6)
 ARRAYS = ("a", "b", "relevance", "log_odds_a", "log_odds_b", "label_mass_a", "label_mass_b")
@@ -50,7 +53,7 @@ def separate(judge) -> list[np.ndarray]:
 def test_tree_equals_separate_sequences(judge, rule_first, template):
     asked = {"conversation-first": judge, "rule-first": rule_first}[template]
     trees = [PrefixTree.build(Node(ids)) for ids in separate(asked)]
-    alone = asked.read_leaves(trees)
+    alone = read_leaves(trees, asked.mesh, asked.program)
     expected = np.concatenate([alone[i] for i in range(len(trees))]).reshape(len(tiny_pairs()), 2, len(POOL), 3)
     got = asked.log_probabilities(tiny_pairs())
     assert_equal_to(got, expected, 1e-5)
@@ -92,14 +95,12 @@ def test_scores_are_what_they_are_called(judge):
 
 
 def test_scores_stay_in_their_ranges_whatever_the_model_says():
-    from adaptrm.judge.language_model import scores_from_log_probabilities
-
     tiny, top = np.float32(-1e4), np.float32(1e-6)  # probabilities round to 0, and to a little more than 1
     corners = [[top, tiny, tiny], [tiny, top, tiny], [tiny, tiny, top], [tiny, tiny, tiny], [-1.0986123] * 3]
     corners += [[-np.inf, -0.5, -1.0], [-0.5, -np.inf, -1.0], [-0.5, -1.0, -np.inf]]
     log_p = np.broadcast_to(np.array(corners, np.float32), (1, 2, len(corners), 3))
     signs = np.ones(len(corners), np.float32)
-    scores = scores_from_log_probabilities(log_p, signs, ["p"], [f"r{i}" for i in range(len(corners))])
+    scores = Scores(["p"], [f"r{i}" for i in range(len(corners))], **scores_of(log_p, signs))
     assert all(np.isfinite(getattr(scores, name)).all() for name in ARRAYS)
     assert np.abs(scores.a).max() <= 1 and scores.relevance.min() >= 0 and scores.relevance.max() <= 1
     assert scores.label_mass_a.min() >= 0 and scores.label_mass_a.max() <= 1
@@ -157,3 +158,63 @@ def test_a_score_does_not_depend_on_the_devices(judge, folder, shape):
     pairs = tiny_pairs(10)
     several = Judge.from_pretrained(folder, POOL, mesh=make_mesh(*shape))
     assert_equal_to(several.log_probabilities(pairs), judge.log_probabilities(pairs), 1e-5)
+
+
+def test_rules_that_are_not_asked_about_are_nan_and_change_nothing(judge):
+    pairs = tiny_pairs()
+    rules = np.array([[4, 1], [0, 5], [2, 3], [1, 2]])
+    some, every = judge.score(pairs, rules), judge.score(pairs)
+    asked = np.zeros((len(pairs), len(POOL)), bool)
+    np.put_along_axis(asked, rules, True, axis=1)
+    for name in ARRAYS:
+        got, expected = getattr(some, name), getattr(every, name)
+        assert np.isnan(got[~asked]).all()
+        assert_equal_to(got[asked], expected[asked], 1e-5)
+
+
+STRATEGIES = [
+    {"strategy": "max-discrepancy", "k": 3},
+    {"strategy": "relevance", "k": 2},
+    {"strategy": "all"},
+    {"strategy": "random", "k": 2, "seed": 7},
+    {"strategy": "fixed", "rules": [4, 0, 1]},
+]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_selecting_in_the_judges_program_is_selecting_from_its_scores(judge, folder, shape):
+    pairs = tiny_pairs(10) + EDGES
+    several = judge if shape == (1, 1, 1) else Judge.from_pretrained(folder, POOL, mesh=make_mesh(*shape))
+    scores = judge.score(pairs)
+    # Two rules of a pair are further apart than rounding, so that their order is known.
+    value = np.sort(scores.relevance + 0.5 * np.abs(scores.a - scores.b), axis=1)[: len(pairs) - len(EDGES)]
+    assert np.diff(value, axis=1).min() > 1e-5
+    for options in STRATEGIES if shape == (1, 1, 1) else STRATEGIES[:1]:
+        got, expected = several.select(pairs, **options), select(scores.a, scores.b, scores.relevance, **options)
+        assert np.array_equal(got.rules, expected.rules)
+        assert_equal_to(got.margin, expected.margin, 1e-5)
+        same = ~np.isin(np.arange(len(pairs)), [len(pairs) - 3])
+        assert np.array_equal(got.preferred[same], expected.preferred[same])
+        assert got.margin[len(pairs) - 3] == 0 and got.probability[len(pairs) - 3] == 0.5  # equal responses tie
+
+
+def test_select_refuses_what_it_cannot_do(judge, rule_first):
+    with pytest.raises(ValueError, match="needs the template 'conversation-first'"):
+        rule_first.select(tiny_pairs())
+    with pytest.raises(ValueError, match="k is 9; with 6 rules it must be 1 to 6"):
+        judge.select(tiny_pairs(), k=9)
+    with pytest.raises(ValueError, match="strategy 'best' is unknown"):
+        judge.select(tiny_pairs(), strategy="best")
+
+
+def test_another_pool_or_a_subset_runs_on_compiled_programs(judge, folder, one_device):
+    pairs = tiny_pairs()
+    judge.score(pairs), judge.select(pairs, k=3)
+    compiled = answer_leaves._cache_size(), decide_leaves._cache_size()
+    texts = ["is rude", "is false", "rests", "refuses", "bakes", "counts"]
+    rules = [dataclasses.replace(r, id=f"x{r.id}", text=f"The response {t}.") for r, t in zip(POOL, texts, strict=True)]
+    other = Judge.from_pretrained(folder, RulePool("other", "1", tuple(rules)), mesh=one_device)
+    assert np.abs(other.score(pairs).a - judge.score(pairs).a).max() > 0.01
+    other.select(pairs, k=3)
+    judge.score(pairs, np.array([[0, 1, 2, 3, 4]] * len(pairs)))
+    assert (answer_leaves._cache_size(), decide_leaves._cache_size()) == compiled

@@ -1,29 +1,30 @@
 """A causal language model as the judge: every rule about both responses of a pair in one forward pass."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
 from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import Pair
 from adaptrm.data.scores import Scores
 from adaptrm.hf import load_weights, open_folder
+from adaptrm.judge.program import answer_leaves, decide_leaves, scores_of
 from adaptrm.judge.prompts import ANSWERS, JudgePrompt, Questions
 from adaptrm.models.decoder import CausalLM
-from adaptrm.models.heads import answer_log_probabilities, at_leaves
-from adaptrm.parallel import local_mesh, read_leaves
-from adaptrm.prefix_tree import PrefixTree
+from adaptrm.parallel import local_mesh
+from adaptrm.parallel.rows import over_rows, pack_trees
+from adaptrm.prefix_tree import PackedRows
 from adaptrm.rules import RulePool
+from adaptrm.selection.strategies import Selection, resolve_k
 
 
 class Judge:
@@ -77,36 +78,86 @@ class Judge:
         chat = ChatTokenizer.from_folder(folder.path)
         return cls(folder.path, definition, state, chat, rules, template, dtype, mesh)
 
-    def score(self, pairs: Sequence[Pair]) -> Scores:
-        """Score pairs; what comes out does not depend on what else is in the batch."""
-        log_p = self.log_probabilities(pairs)
-        return scores_from_log_probabilities(log_p, self._signs, [pair.id for pair in pairs], list(self.rules.ids))
+    def score(self, pairs: Sequence[Pair], rules: Int[np.ndarray, "pairs k"] | None = None) -> Scores:
+        """Score pairs; what comes out does not depend on what else is in the batch.
 
-    def log_probabilities(self, pairs: Sequence[Pair]) -> Float32[np.ndarray, "pairs 2 rules 3"]:
+        Args:
+            rules: positions of the rules to ask about each pair; None asks about all. What is not asked is nan.
+        """
+        return self.answer(self.ask(pairs, rules))
+
+    def log_probabilities(
+        self, pairs: Sequence[Pair], rules: Int[np.ndarray, "pairs k"] | None = None
+    ) -> Float32[np.ndarray, "pairs 2 rules 3"]:
         """Log-probability of Yes, No and Neither, for responses A and B of each pair and each rule."""
-        asked = self.questions(pairs)
-        out = np.empty((len(pairs), 2, len(self.rules), 3), np.float32)
-        for index, leaves in self.read_leaves([questions.tree for _, questions in asked]).items():
-            row, questions = asked[index]
-            for sides, answers in zip(questions.sides, leaves.reshape(-1, len(questions.rules), 3), strict=True):
-                for side in sides:
-                    out[row, side, list(questions.rules)] = answers
-        return out
+        return self._answers(self.ask(pairs, rules))
 
-    def questions(self, pairs: Sequence[Pair]) -> list[tuple[int, Questions]]:
-        """All questions about some pairs, each tree of them with the position of its pair."""
+    def select(
+        self,
+        pairs: Sequence[Pair],
+        strategy: str = "max-discrepancy",
+        k: int = 5,
+        discrepancy_weight: float = 0.5,
+        rules: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Selection:
+        """What ``adaptrm.select`` makes of the scores, in the program that scores: only rules and margins leave it.
+
+        Raises:
+            ValueError: an argument is wrong, or the template is not ``conversation-first``, whose trees hold all
+                rules of a pair.
+        """
+        if self._template != "conversation-first":
+            raise ValueError(f"select needs the template 'conversation-first'; this judge has {self._template!r}")
+        k, fixed = resolve_k(strategy, k, discrepancy_weight, rules, len(self.rules))
+        asked = self.ask(pairs)
+        slots, numbers = asked.slots(len(self.rules))
+        program = partial(
+            decide_leaves,
+            *(self._definition, self.prompt.answers, self.dtype, self._state, self._signs),
+            *(np.float32(discrepancy_weight), fixed, np.uint32(seed % 2**32)),
+            strategy=strategy,
+            k=k,
+        )
+        chosen, margin = over_rows((*asked.packed.arrays, slots, numbers), self.mesh, program)
+        order = np.argsort(numbers[numbers >= 0])
+        return Selection.of(chosen[numbers >= 0][order], margin[numbers >= 0][order])
+
+    def ask(self, pairs: Sequence[Pair], rules: Int[np.ndarray, "pairs k"] | None = None) -> "Asked":
+        """The questions about some pairs, packed: what the host does, no device takes part.
+
+        Args:
+            rules: positions of the rules to ask about each pair; None asks about all.
+        """
         every = range(len(self.rules))
-        return [
+        questions = [
             (row, questions)
             for row, pair in enumerate(pairs)
-            for questions in self.prompt.pair_trees(pair.prompt, pair.response_a, pair.response_b, every)
+            for questions in self.prompt.pair_trees(
+                *(pair.prompt, pair.response_a, pair.response_b),
+                every if rules is None else [int(rule) for rule in rules[row]],
+            )
         ]
+        packed = pack_trees([one.tree for _, one in questions], self.mesh)
+        return Asked([pair.id for pair in pairs], questions, packed)
 
-    def read_leaves(self, trees: Sequence[PrefixTree]) -> dict[int, Float32[np.ndarray, "leaves 3"]]:
-        """Answer log-probabilities at the leaves of each tree."""
-        return read_leaves(
-            trees, self.mesh, partial(answer_leaves, self._definition, self.prompt.answers, self.dtype, self._state)
-        )
+    def answer(self, asked: "Asked") -> Scores:
+        """The scores of what ``ask`` has prepared."""
+        return Scores(asked.ids, list(self.rules.ids), **scores_of(self._answers(asked), self._signs))
+
+    def _answers(self, asked: "Asked") -> Float32[np.ndarray, "pairs 2 rules 3"]:
+        out = np.full((len(asked.ids), 2, len(self.rules), 3), np.nan, np.float32)
+        answers = asked.packed.to_owners(over_rows(asked.packed.arrays, self.mesh, self.program))
+        for index, (row, questions) in enumerate(asked.questions):
+            for sides, of_run in zip(questions.sides, answers[index].reshape(-1, len(questions.rules), 3), strict=True):
+                for side in sides:
+                    out[row, side, list(questions.rules)] = of_run
+        return out
+
+    @property
+    def program(self) -> Callable[..., jax.Array]:
+        """Packed rows to the answers' log-probabilities at their leaves."""
+        return partial(answer_leaves, self._definition, self.prompt.answers, self.dtype, self._state)
 
     def special_strings(self, pairs: Sequence[Pair]) -> int:
         """How many strings of some pairs look like special tokens; they stay text."""
@@ -124,37 +175,31 @@ class Judge:
         }
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def answer_leaves(definition, answers, dtype, state, tokens, positions, subtree_end, leaves):
-    """Answer log-probabilities ``[rows, leaves, 3]`` of packed rows: the step of scoring."""
-    model = nnx.merge(definition, state)
-    hidden = model.model(tokens, positions, subtree_end, jnp.dtype(dtype))
-    return answer_log_probabilities(at_leaves(hidden, leaves), model.unembedding, answers)
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Questions about some pairs, in rows.
 
+    Attributes:
+        ids: of the pairs.
+        questions: each tree of questions, with the position of its pair.
+        packed: the trees in this order.
+    """
 
-def scores_from_log_probabilities(
-    log_p: Float32[np.ndarray, "pairs 2 rules 3"],
-    signs: Float32[np.ndarray, " rules"],
-    ids: list[str],
-    rule_ids: list[str],
-) -> Scores:
-    """Scores, relevance, log-odds and label mass from the answers' log-probabilities."""
-    top = log_p.max(axis=-1, keepdims=True)
-    unnormalised = np.exp(log_p - top)
-    shares = unnormalised / unnormalised.sum(axis=-1, keepdims=True, dtype=np.float32)
-    mass = np.minimum(np.exp(log_p).sum(axis=-1, dtype=np.float32), np.float32(1))
-    # The log-odds of an answer with probability 0 is infinite; the largest float keeps the file readable by all.
-    log_odds = np.nan_to_num(log_p[..., 0] - log_p[..., 1])
-    scores = (shares[..., 0] - shares[..., 1]) * signs
-    relevance = (1 - shares[..., 2]).mean(axis=1, dtype=np.float32)
-    return Scores(
-        ids,
-        rule_ids,
-        a=scores[:, 0],
-        b=scores[:, 1],
-        relevance=np.clip(relevance, 0, 1),
-        log_odds_a=log_odds[:, 0] * signs,
-        log_odds_b=log_odds[:, 1] * signs,
-        label_mass_a=mass[:, 0],
-        label_mass_b=mass[:, 1],
-    )
+    ids: list[str]
+    questions: list[tuple[int, Questions]]
+    packed: PackedRows
+
+    def slots(self, rules: int) -> tuple[Int[np.ndarray, "rows pairs 2 rules"], Int[np.ndarray, "rows pairs"]]:
+        """Where in its row each pair's leaves are, and which pair it is; -1 where a row holds no more pairs."""
+        trees = [np.unique(row[row >= 0]) for row in self.packed.owner[..., 0]]
+        most = 1 << (max(map(len, trees)) - 1).bit_length()  # few numbers, so that few programs are compiled
+        slots = np.zeros((len(trees), most, 2, rules), np.int32)
+        numbers = np.full((len(trees), most), -1, np.int32)
+        for row, of_row in enumerate(trees):
+            for place, tree in enumerate(of_row):
+                numbers[row, place], questions = self.questions[tree]
+                first = int(np.flatnonzero(self.packed.owner[row, :, 0] == tree)[0])
+                for run, sides in enumerate(questions.sides):
+                    start = first + run * rules
+                    slots[row, place, list(sides)] = np.arange(start, start + rules)
+        return slots, numbers

@@ -1,7 +1,9 @@
 """``adaptrm score``: pairs through a judge into a score folder, part by part, resuming by whole parts."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -18,17 +20,18 @@ from adaptrm.data.rows import BadRows, OnBadRow, source_hash
 from adaptrm.data.scores import Scores, check_manifest, part_name, read_part, write_manifest, write_part
 from adaptrm.data.truncation import Truncation, usable
 from adaptrm.errors import InputError
-from adaptrm.judge.language_model import Judge
+from adaptrm.judge.language_model import Asked, Judge
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.judge.table import PREFIX, Table
 from adaptrm.lock import hold
 from adaptrm.parallel import local_mesh
-from adaptrm.parallel.distributed import gathered, told_to_all
-from adaptrm.prefix_tree import choose_row_length
+from adaptrm.parallel.distributed import exchanged, gathered, told_to_all
 from adaptrm.progress import progress
 from adaptrm.rules import RulePool
 
 LOW_MASS = 0.1  # below it the judge was mostly about to say something else than an answer
+SAMPLE_TOKENS = 4096  # about as many are computed for a prediction
+FLAGGED = 10  # ids of pairs with little label mass in the summary
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,8 @@ def score(job: ScoreJob) -> dict[str, Any]:
     Several processes take the parts in turn, each on its own devices, into a folder that all of them see.
 
     Returns:
-        Pairs, bad rows that were skipped, pairs that were truncated, rules, mean label mass, share of rows with
-        little of it, special-token strings kept as text.
+        Pairs, bad rows that were skipped, pairs that were truncated, rules, mean label mass, share of the answers with
+        little of it, pairs with little of it on average and which are the first, special-token strings kept as text.
 
     Raises:
         InputError: an input cannot be used, or the folder holds scores of something else.
@@ -122,17 +125,28 @@ def score(job: ScoreJob) -> dict[str, Any]:
             check_manifest(job.out, manifest)
         done = set(paths.names(job.out))
         cut = job.truncation(source)
-        told = np.zeros((parts, 4))  # of each part: mean label mass, pairs, entries of low mass, special strings
+        # Of each part: mean label mass, pairs, entries of low mass, pairs of low mass, special strings.
+        told, flagged = np.zeros((parts, 5)), []
+
+        def asked(part: int, pairs: list[Pair]) -> Asked | None:
+            mine = part % processes == number and part_name(part) not in done
+            return source.ask(pairs) if mine and isinstance(source, Judge) else None
+
+        every = enumerate(job.parts(BadRows(job.on_bad_row, listed=False), cut))
         with progress("score", "pairs", count) as shown:
-            for part, pairs in enumerate(job.parts(BadRows(job.on_bad_row, listed=False), cut)):
+            for (part, pairs), questions in _one_ahead(asked, every):
                 if part % processes == number:
-                    scores = _score_part(job, source, pool, part, pairs, done)
+                    scores = _score_part(job, source, pool, part, pairs, questions, done)
                     mass = np.stack([scores.label_mass_a, scores.label_mass_b])
+                    of_pairs = mass.mean(axis=(0, 2)) < LOW_MASS
+                    flagged += [pair.id for pair, low in zip(pairs, of_pairs, strict=True) if low][:FLAGGED]
                     special = source.special_strings(pairs) if isinstance(source, Judge) else 0
-                    told[part] = float(mass.mean()), len(pairs), (mass < LOW_MASS).sum(), special
+                    counts = (mass < LOW_MASS).sum(), of_pairs.sum(), special
+                    told[part] = float(mass.mean()), len(pairs), *counts
                 shown.advance(len(pairs))
         told = gathered(told).sum(axis=0)
-    masses, of_pairs, low, special = told.T.tolist()
+        flagged = [name for of_one in exchanged(flagged[:FLAGGED]) for name in of_one][:FLAGGED]
+    masses, of_pairs, low, low_pairs, special = told.T.tolist()
     return {
         "scores": str(job.out),
         "pairs": count,
@@ -142,12 +156,33 @@ def score(job: ScoreJob) -> dict[str, Any]:
         "parts": parts,
         "label_mass": sum(m * n for m, n in zip(masses, of_pairs, strict=True)) / count,
         "low_mass_share": sum(low) / (2 * count * len(pool)),
+        "low_mass_pairs": int(sum(low_pairs)),
+        "low_mass_first": flagged,
         "special_tokens_kept_as_text": int(sum(special)),
     }
 
 
+def _one_ahead(function: Callable[..., Any], items: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
+    """Each item with the function's result, the next one's made by a thread while the caller works with this one."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: deque[tuple[tuple, Future]] = deque()
+        for item in items:
+            coming.append((item, thread.submit(function, *item)))
+            if len(coming) > 1:
+                item, result = coming.popleft()
+                yield item, result.result()
+        for item, result in coming:
+            yield item, result.result()
+
+
 def _score_part(
-    job: ScoreJob, source: Judge | Table, pool: RulePool, part: int, pairs: list[Pair], done: set[str]
+    job: ScoreJob,
+    source: Judge | Table,
+    pool: RulePool,
+    part: int,
+    pairs: list[Pair],
+    questions: Asked | None,
+    done: set[str],
 ) -> Scores:
     """The scores of a part: read where an earlier run finished it, else made and written."""
     if part_name(part) in done:
@@ -155,7 +190,7 @@ def _score_part(
         if scores.ids != [pair.id for pair in pairs]:
             raise InputError(f"{job.out}: {part_name(part)} holds other pairs; delete it and go on")
         return scores
-    scores = source.score(pairs)
+    scores = source.score(pairs) if questions is None else source.answer(questions)
     _check_finite(scores, job)
     write_part(job.out, part, scores)
     return scores
@@ -190,27 +225,24 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     if isinstance(judge, Table):
         count = sum(map(len, job.parts(bad, cut)))
         return {"pairs": count, "skipped_rows": bad.count, "rules": len(pool), "rows": len(judge)}
-    at_once = judge.mesh.shape["data"] * judge.mesh.shape["fsdp"]
     count = tokens = computed = separate = 0
     shapes: dict[int, int] = {}
-    sample = []
+    sample: list[Pair] = []
     for pairs in job.parts(bad, cut):
-        trees = [questions.tree for _, questions in judge.questions(pairs)]
-        sample = sample or trees
-        row_length, rows = choose_row_length([len(tree) for tree in trees], at_once)
-        batches = -(-len(rows) // at_once)
-        shapes[row_length] = shapes.get(row_length, 0) + batches * at_once
+        asked = judge.ask(pairs)
+        trees = [questions.tree for _, questions in asked.questions]
+        sample = sample or pairs[: max(1, SAMPLE_TOKENS * len(pairs) // sum(map(len, trees)))]
+        rows, row_length = asked.packed.tokens.shape
+        shapes[row_length] = shapes.get(row_length, 0) + rows
         count += len(pairs)
         tokens += sum(map(len, trees))
-        computed += batches * at_once * row_length
+        computed += rows * row_length
         separate += sum(int(tree.positions[leaf]) + 1 for tree in trees for leaf in tree.leaves)
-    sample = sample[: max(1, 4096 // len(sample[0]))]
-    judge.read_leaves(sample)  # compiles
+    asked = judge.ask(sample)
+    judge.answer(asked)  # compiles
     start = time.perf_counter()
-    judge.read_leaves(sample)
-    seconds = time.perf_counter() - start
-    row_length, rows = choose_row_length([len(tree) for tree in sample], at_once)
-    rate = -(-len(rows) // at_once) * at_once * row_length / seconds
+    judge.answer(asked)
+    rate = asked.packed.tokens.size / (time.perf_counter() - start)
     return {
         "pairs": count,
         "skipped_rows": bad.count,

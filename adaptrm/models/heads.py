@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 POSITIONS_AT_ONCE = 256  # vocabulary logits exist for this many positions at a time
@@ -28,11 +29,17 @@ def answer_log_probabilities(
     at_once = min(POSITIONS_AT_ONCE, leaves)
     chunks = jnp.pad(hidden, ((0, 0), (0, -leaves % at_once), (0, 0))).reshape(rows, -1, at_once, dim)
 
+    # The answers' few rows of the vocabulary by themselves: where it is split over devices, no logits are gathered.
+    spellings = jnp.take(unembedding, jnp.asarray([i for ids in answers for i in ids]), axis=0)
+    edges = np.cumsum([len(ids) for ids in answers])[:-1].tolist()
+
     @jax.checkpoint
     def chunk(hidden):
-        logits = jnp.einsum("bmd,vd->bmv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        pooled = [jax.nn.logsumexp(logits[..., jnp.asarray(ids)], axis=-1) for ids in answers]
-        return jnp.stack(pooled, -1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        product = lambda rows: jnp.einsum(  # noqa: E731
+            "bmd,vd->bmv", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+        pooled = [jax.nn.logsumexp(of_one, axis=-1) for of_one in jnp.split(product(spellings), edges, axis=-1)]
+        return jnp.stack(pooled, -1) - jax.nn.logsumexp(product(unembedding), axis=-1, keepdims=True)
 
     out = jax.lax.map(chunk, chunks.swapaxes(0, 1))
     return out.swapaxes(0, 1).reshape(rows, -1, len(answers))[:, :leaves]

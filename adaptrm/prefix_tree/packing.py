@@ -12,6 +12,8 @@ from adaptrm.prefix_tree.tree import PrefixTree
 # Rows for scoring come in these lengths and no others, so that few programs are compiled.
 ROW_LENGTHS = tuple(int(2**e * f) for e in range(8, 17) for f in (1, 1.25, 1.5, 1.75))
 
+LITTLE_PADDING = 0.05
+
 
 def best_fit(lengths: Sequence[int], row_length: int, max_trees: int | None = None) -> list[list[int]]:
     """Assign trees to rows by best-fit decreasing: the longest first, each to the fullest row that still takes it.
@@ -54,7 +56,9 @@ def best_fit(lengths: Sequence[int], row_length: int, max_trees: int | None = No
 
 
 def choose_row_length(lengths: Sequence[int], rows_at_once: int) -> tuple[int, list[list[int]]]:
-    """The row length that needs the fewest tokens for these trees, and which trees share a row.
+    """The shortest row length that is nearly all tokens of these trees, and which trees share a row.
+
+    So rows of like trees come in like lengths. Where none has so little padding, that with the least.
 
     Args:
         lengths: tokens of each tree.
@@ -72,7 +76,7 @@ def choose_row_length(lengths: Sequence[int], rows_at_once: int) -> tuple[int, l
         computed = -(-len(rows) // rows_at_once) * rows_at_once * row_length
         if best is None or computed < best[0]:
             best = computed, row_length, rows
-        if row_length * rows_at_once >= total:
+        if row_length * rows_at_once >= total or total > (1 - LITTLE_PADDING) * computed:
             break
     assert best is not None
     return best[1], best[2]
@@ -93,6 +97,11 @@ class PackedRows:
     subtree_end: Int32[np.ndarray, "rows tokens"]
     leaves: Int32[np.ndarray, "rows leaves"]
     owner: Int32[np.ndarray, "rows leaves 2"]
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What a program reads: tokens, positions, subtree_end, leaves."""
+        return self.tokens, self.positions, self.subtree_end, self.leaves
 
     def to_owners(self, values: np.ndarray) -> dict[int, np.ndarray]:
         """Values read at the leaves, ``[rows, leaves, ...]`` -> for each tree ``[its leaves, ...]``."""

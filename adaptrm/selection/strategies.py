@@ -26,6 +26,12 @@ class Selection:
     margin: Float32[np.ndarray, " pairs"]
     probability: Float32[np.ndarray, " pairs"]
 
+    @classmethod
+    def of(cls, rules: np.ndarray, margin: np.ndarray) -> "Selection":
+        """The labels that margins give."""
+        preferred = np.sign(margin).astype(np.int8)
+        return cls(rules, preferred, margin, (preferred.astype(np.float32) + 1) / 2)
+
 
 def select(
     a: Float32[np.ndarray, "pairs rules"],
@@ -60,16 +66,12 @@ def select(
     a, b, relevance = (np.asarray(x, np.float32) for x in (a, b, relevance))
     if a.ndim != 2 or a.shape != b.shape or a.shape != relevance.shape:
         raise ValueError(f"a, b and relevance must be [pairs, rules]; they are {a.shape}, {b.shape}, {relevance.shape}")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is unknown; known: {', '.join(STRATEGIES)}")
+    k, fixed = resolve_k(strategy, k, discrepancy_weight, rules, a.shape[1])
     if weights is not None:
         raise ValueError(f"strategy {strategy!r} takes no weights")
-    if not np.isfinite(discrepancy_weight):
-        raise ValueError(f"discrepancy_weight is {discrepancy_weight}; it must be a finite number")
     for name, values, low in (("a", a, -1), ("b", b, -1), ("relevance", relevance, 0)):
         _check_range(name, values, low, ids, first_row)
     relevance = np.abs(relevance)  # -0 sorts below 0, and would break a tie
-    k, fixed = _resolve_k(strategy, k, rules, a.shape[1])
     chosen, margin = select_rows(
         a,
         b,
@@ -81,12 +83,21 @@ def select(
         strategy=strategy,
         k=k,
     )
-    margin = np.asarray(margin)
-    preferred = np.sign(margin).astype(np.int8)
-    return Selection(np.asarray(chosen), preferred, margin, (preferred.astype(np.float32) + 1) / 2)
+    return Selection.of(np.asarray(chosen), np.asarray(margin))
 
 
-def _resolve_k(strategy: str, k: int, rules: Sequence[int] | None, count: int):
+def resolve_k(
+    strategy: str, k: int, discrepancy_weight: float, rules: Sequence[int] | None, count: int
+) -> tuple[int, Int32[jnp.ndarray, " k"] | None]:
+    """How many rules a strategy selects, and which if they are fixed.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is unknown; known: {', '.join(STRATEGIES)}")
+    if not np.isfinite(discrepancy_weight):
+        raise ValueError(f"discrepancy_weight is {discrepancy_weight}; it must be a finite number")
     if strategy != "fixed" and rules is not None:
         raise ValueError(f"strategy {strategy!r} takes no rules; only 'fixed' does")
     if strategy == "all":
