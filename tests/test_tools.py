@@ -30,16 +30,21 @@ def run(tool: str, *arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
-def test_templates_are_compared(arguments):
-    found = run("compare_templates.py", *arguments)
+def test_two_settings_of_a_judge_are_compared(arguments):
+    pytest.importorskip("qwix", reason="pip install 'adaptrm[int8]'")
+    settings = ("conversation-first", "rule-first,bfloat16,int8")
+    found = run("compare_judges.py", *settings, *arguments)
     assert (found["pairs"], found["rules"]) == (3, RULES)
+    assert 0 < found["difference_of_scores"]["mean"] < found["difference_of_scores"]["max"] <= 2
     for name in ("rank_correlation_of_scores", "rank_correlation_of_differences"):
         assert found[name]["by_rule"].keys() == {f"r{i}" for i in range(RULES)}
         assert -1 <= found[name]["least"] <= found[name]["median"] <= 1
     assert 0 <= found["labels_agree"] <= 1 and 1 / 2 <= found["selected_rules_in_common"] <= 1
-    for name in ("label_mass", "agreement_with_people", "seconds"):
-        assert found[name].keys() == {"conversation-first", "rule-first"}
-        assert all(value >= 0 for value in found[name].values())
+    assert tuple(found["settings"]) == settings
+    one, two = found["settings"].values()
+    for told in (one, two):
+        assert 0 < told["label_mass"] <= 1 and 0 <= told["agreement_with_people"] <= 1 and told["seconds"] > 0
+    assert one["parameter_bytes"] > 2 * two["parameter_bytes"]
 
 
 def test_a_judge_is_attacked(arguments):
