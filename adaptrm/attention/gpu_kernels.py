@@ -56,8 +56,7 @@ def attended(q, k, v, end, order, counts, interpret):
                 sums, top, total = carry
                 slot = lax.rem(number, jnp.int32(STAGES))
                 plgpu.barrier_wait(ready.at[slot])
-                logits = product(q_smem.at[me], k_smem.at[slot], transposed=True)
-                pass_turn()
+                logits = product(q_smem.at[me], k_smem.at[slot], transposed=True, once_issued=pass_turn)
                 if masked:
                     query, key = _indices(logits.shape, block * QUERIES, order[row, block, number] * KEYS, cast)
                     logits = _masked(logits, query, key, _down(cast(end_smem[slot], A_COLUMN), logits.shape))
@@ -321,10 +320,14 @@ def _visit(counts, step, carry):
     return lax.fori_loop(counts[0], counts[1], partial(step, masked=True), carry)
 
 
-def _product(a, b, start=None, transposed=False, interpret=None):
-    """``start + a @ b`` in float32 and in registers; ``b`` is in shared memory, ``a`` there or in registers."""
+def _product(a, b, start=None, transposed=False, once_issued=lambda: None, interpret=None):
+    """``start + a @ b`` in float32 and in registers; ``b`` is in shared memory, ``a`` there or in registers.
+
+    ``once_issued`` is called while the matrix unit is at it.
+    """
     if interpret:  # it knows no products with registers
         found = jnp.dot(a[...], b[...].T if transposed else b[...], preferred_element_type=jnp.float32)
+        once_issued()
         return found if start is None else start + found
     b = b.transpose((1, 0)) if transposed else b
     if start is not None:
@@ -332,6 +335,7 @@ def _product(a, b, start=None, transposed=False, interpret=None):
 
     def from_zero(sums):
         plgpu.wgmma(sums, a, b)
+        once_issued()
         return sums[...]
 
     return pl.run_scoped(from_zero, plgpu.ACC((QUERIES, b.shape[1]), jnp.float32))
