@@ -1,6 +1,7 @@
 """Rule selection and labels from scores."""
 
 from adaptrm.selection.kernel import STRATEGIES
+from adaptrm.selection.sharded import select_sharded
 from adaptrm.selection.strategies import Selection, select
 
-__all__ = ["STRATEGIES", "Selection", "select"]
+__all__ = ["STRATEGIES", "Selection", "select", "select_sharded"]

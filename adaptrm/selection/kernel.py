@@ -33,7 +33,7 @@ def select_rows(
         first_row: position of the first pair in the whole set; random picks depend on (seed, row) alone.
     """
     arrays = (a, b, relevance, discrepancy_weight, fixed, seed, first_row)
-    return checked_rows(*arrays, strategy=strategy, k=k)[:2]
+    return _select(*arrays, strategy, k, checked=False)[:2]
 
 
 @partial(jax.jit, static_argnames=("strategy", "k"))
@@ -41,12 +41,17 @@ def checked_rows(
     a, b, relevance, discrepancy_weight, fixed, seed, first_row, *, strategy: str, k: int
 ) -> tuple[Int32[Array, "pairs k"], Float32[Array, " pairs"], Bool[Array, " pairs"]]:
     """As ``select_rows``, and whether all scores of each pair are in range: if not, the rest means nothing."""
+    return _select(a, b, relevance, discrepancy_weight, fixed, seed, first_row, strategy, k, checked=True)
+
+
+def _select(a, b, relevance, discrepancy_weight, fixed, seed, first_row, strategy: str, k: int, checked: bool):
     pairs, rules = a.shape
     if strategy in ("fixed", "random"):
         chosen = drawn_rules(strategy, fixed, seed, first_row + jnp.arange(pairs), rules, k)
-        valid = jnp.all(in_range(a, b, relevance), axis=1)
+        valid = jnp.all(in_range(a, b, relevance), axis=1) if checked else None
     else:
-        chosen, valid = top_rules(a, b, relevance, None if strategy == "relevance" else discrepancy_weight, k)
+        weight = None if strategy == "relevance" else discrepancy_weight
+        chosen, valid = top_rules(a, b, relevance, weight, k, checked)
     picked = jnp.take_along_axis(a, chosen, axis=1) - jnp.take_along_axis(b, chosen, axis=1)
     return chosen, sum_in_order(picked), valid
 

@@ -30,7 +30,7 @@ def selection_score(
     discrepancy_weight: Float32[Array, ""] | None,
 ) -> Float32[Array, "*shape"]:
     """``relevance + discrepancy_weight * |a - b|`` (METHOD.md section 1, step 4); relevance alone without a weight."""
-    relevance = jnp.abs(relevance)  # -0 sorts below 0, and would break a tie
+    relevance = jnp.where(relevance == 0, 0.0, relevance)  # -0 sorts below 0, and would break a tie
     if discrepancy_weight is None:
         return relevance
     weighted = discrepancy_weight * jnp.abs(a - b)
@@ -53,22 +53,24 @@ def top_rules(
     relevance: Float32[Array, "pairs rules"],
     discrepancy_weight: Float32[Array, ""] | None,
     k: int,
-) -> tuple[Int32[Array, "pairs k"], Bool[Array, " pairs"]]:
-    """The k best rules of each pair, best first, and whether all its scores are in range."""
+    checked: bool,
+) -> tuple[Int32[Array, "pairs k"], Bool[Array, " pairs"] | None]:
+    """The k best rules of each pair, best first, and where ``checked`` whether all its scores are in range."""
     pairs, rules = a.shape
     blocks = -(-rules // BLOCK)
     arrays = (a, b, relevance) if discrepancy_weight is None else (a, b, relevance, discrepancy_weight)
     if pairs < TILE or k > MOST_RULES_SELECTED or blocks * k > MOST_CANDIDATES:
-        return _sorted_rules(*arrays, k=k)
-    return lax.platform_dependent(*arrays, cpu=partial(_networked_rules, k=k), default=partial(_sorted_rules, k=k))
+        return _sorted_rules(*arrays, k=k, checked=checked)
+    cpu, other = (partial(way, k=k, checked=checked) for way in (_networked_rules, _sorted_rules))
+    return lax.platform_dependent(*arrays, cpu=cpu, default=other)
 
 
-def _sorted_rules(a, b, relevance, discrepancy_weight=None, *, k: int):
+def _sorted_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checked: bool):
     chosen = lax.top_k(selection_score(a, b, relevance, discrepancy_weight), k)[1]
-    return chosen, jnp.all(in_range(a, b, relevance), axis=1)
+    return chosen, jnp.all(in_range(a, b, relevance), axis=1) if checked else None
 
 
-def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int):
+def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checked: bool):
     """Tile by tile: the k best of each block of rules, then the k best of those candidates.
 
     Loops stand where XLA must not fuse: into a consumer it would put a network once for every use.
@@ -81,7 +83,9 @@ def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int):
 
     def of_tile(start):
         tile = [lax.dynamic_slice_in_dim(x, start, TILE).reshape(PARTS, SIDE, rules) for x in (a, b, relevance)]
-        score = jnp.where(in_range(*tile), selection_score(*tile, discrepancy_weight), jnp.nan)
+        score = selection_score(*tile, discrepancy_weight)
+        if checked:  # in the same pass: out of range is nan, and a word of it is negative
+            score = jnp.where(in_range(*tile), score, jnp.nan)
         score = jnp.pad(
             score.transpose(0, 2, 1), ((0, 0), (0, blocks * size - rules), (0, 0)), constant_values=-jnp.inf
         )
@@ -90,6 +94,8 @@ def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int):
             block = lax.dynamic_slice_in_dim(score, number * size, size, axis=1)
             scores = [block[:, i] for i in range(size)]
             words = packing.pack(_best(scores, kept))
+            if not checked:
+                return words
             wrong = jnp.zeros(words[0].shape, bool)
             for x in scores:
                 wrong |= jnp.isnan(x)
@@ -124,7 +130,7 @@ def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int):
         number, place = candidate // kept, candidate % kept
         words = [sum(jnp.where(number == i, word[i], 0) for i in range(blocks)) for word in of_blocks]
         chosen.append(number * size + packing.unpack(words, place))
-    return jnp.stack(chosen, axis=1), jnp.all(of_blocks[0] >= 0, axis=0)
+    return jnp.stack(chosen, axis=1), jnp.all(of_blocks[0] >= 0, axis=0) if checked else None
 
 
 def _best(scores: list[Float32[Array, "*shape"]], k: int) -> list[Int32[Array, "*shape"]]:

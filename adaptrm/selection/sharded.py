@@ -1,0 +1,88 @@
+"""``select_rows`` over a mesh: pairs and rules both split, equal to one device bit for bit."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float32, Int32, UInt32
+
+from adaptrm.selection.kernel import drawn_rules, sum_in_order
+from adaptrm.selection.top_rules import selection_score, top_rules
+
+
+def select_sharded(
+    a: Float32[Array, "pairs rules"],
+    b: Float32[Array, "pairs rules"],
+    relevance: Float32[Array, "pairs rules"],
+    discrepancy_weight: Float32[Array, ""],
+    fixed: Int32[Array, " k"] | None,
+    seed: UInt32[Array, ""],
+    first_row: Int32[Array, ""],
+    *,
+    strategy: str,
+    k: int,
+    pair_axes: tuple[str, ...] = ("data", "fsdp"),
+    rule_axis: str = "tensor",
+) -> tuple[Int32[Array, "pairs k"], Float32[Array, " pairs"]]:
+    """As ``select_rows``, on the mesh of ``jax.set_mesh`` and within a jitted program.
+
+    Each device finds the best of its own rules; of these candidates, k a device at most, the rule axis finds the best.
+    Shards of rules lie in ascending order, so ties still go to the lower index. Neither pairs nor rules need to divide
+    their axes.
+
+    Args:
+        pair_axes: mesh axes that split the pairs.
+        rule_axis: mesh axis that splits the rules.
+
+    Returns:
+        Rules and margin, split over the pairs as these were.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    pairs, rules = a.shape
+    ways = 1
+    for axis in pair_axes:
+        ways *= mesh.shape[axis]
+    more_pairs, more_rules = -pairs % ways, -rules % mesh.shape[rule_axis]
+    # Added pairs are cut off again; added rules come last and score -inf, so no strategy selects one.
+    a, b, relevance = (jnp.pad(x, ((0, more_pairs), (0, more_rules))) for x in (a, b, relevance))
+    each = a.shape[1] // mesh.shape[rule_axis]
+
+    def of_shard(a, b, relevance, discrepancy_weight, fixed, seed, first_row):
+        own = jax.lax.axis_index(rule_axis) * each  # index of the first rule here
+
+        def gathered(x):
+            """``[pairs, n]`` of all shards of rules, in order: ``[pairs, shards * n]``."""
+            return jax.lax.all_gather(x, rule_axis, axis=1, tiled=True)
+
+        if strategy in ("fixed", "random"):
+            row = first_row + jax.lax.axis_index(pair_axes) * len(a) + jnp.arange(len(a))
+            chosen = drawn_rules(strategy, fixed, seed, row, rules, k)
+            here = (chosen >= own) & (chosen < own + each)
+            place = jnp.clip(chosen - own, 0, each - 1)
+            found = jnp.where(here, _difference(a, b, place), 0.0)
+            return chosen, sum_in_order(jax.lax.psum(found, rule_axis))  # all but one of the summands are 0
+        weight = None if strategy == "relevance" else discrepancy_weight
+        real = own + jnp.arange(each) < rules
+        place, _ = top_rules(a, b, jnp.where(real, relevance, -jnp.inf), weight, min(k, each), checked=False)
+        score = selection_score(*(_at(x, place) for x in (a, b, relevance)), weight)
+        score = jnp.where(own + place < rules, score, -jnp.inf)
+        best = jax.lax.top_k(gathered(score), k)[1]
+        chosen = _at(gathered(own + place), best)
+        return chosen, sum_in_order(_at(gathered(_difference(a, b, place)), best))
+
+    by_pair = PartitionSpec(pair_axes)
+    scores, one = PartitionSpec(pair_axes, rule_axis), PartitionSpec()
+    rest = (discrepancy_weight, fixed, seed, first_row)
+    # check_vma would not see that what was gathered over the rule axis is the same on all of it.
+    run = jax.shard_map(of_shard, in_specs=(scores,) * 3 + (one,) * 4, out_specs=(by_pair, by_pair), check_vma=False)
+    chosen, margin = run(a, b, relevance, *rest)
+    return chosen[:pairs], margin[:pairs]
+
+
+def _at(x: Array, place: Int32[Array, "pairs k"]) -> Array:
+    return jnp.take_along_axis(x, place, axis=1)
+
+
+def _difference(
+    a: Float32[Array, "pairs rules"], b: Float32[Array, "pairs rules"], place: Int32[Array, "pairs k"]
+) -> Float32[Array, "pairs k"]:
+    return _at(a, place) - _at(b, place)

@@ -1,0 +1,95 @@
+"""Selection over a mesh equals selection on one device, bit for bit, for every mesh shape and strategy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adaptrm.parallel import make_mesh
+from adaptrm.selection import STRATEGIES, select, select_sharded
+from adaptrm.selection.top_rules import TILE
+
+PAIRS, K = 37, 5
+SHAPES = [(1, 8, 1), (8, 1, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
+
+
+def some_scores(rules: int, seed: int = 0, pairs: int = PAIRS) -> list[np.ndarray]:
+    """a, b, relevance; half of the pairs hold few values, so that rules of different shards tie."""
+    rng = np.random.default_rng(seed)
+    arrays = [rng.uniform(low, 1, (pairs, rules)).astype(np.float32) for low in (-1, -1, 0)]
+    for x in arrays:
+        x[::2] = np.round(2 * x[::2]) / 2
+    return arrays
+
+
+def sharded(mesh, arrays, strategy: str, k: int, weight: float, fixed, first_row: int = 0):
+    """Within a jitted program that is given placed scores, as the judge's is."""
+
+    @jax.jit
+    def program(a, b, relevance):
+        rest = (jnp.float32(weight), fixed, jnp.uint32(3), jnp.int32(first_row))
+        return select_sharded(a, b, relevance, *rest, strategy=strategy, k=k)
+
+    rows, rules = arrays[0].shape
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    by_pair, by_rule = rows % ways == 0, rules % mesh.shape["tensor"] == 0
+    spec = PartitionSpec(("data", "fsdp") if by_pair else None, "tensor" if by_rule else None)
+    with jax.set_mesh(mesh):
+        chosen, margin = program(*(jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays))
+    return np.asarray(chosen), np.asarray(margin)
+
+
+@pytest.mark.parametrize(("shape", "rules"), [*((shape, 13) for shape in SHAPES), ((2, 2, 2), 16)], ids=str)
+def test_every_mesh_equals_one_device(shape, rules):
+    arrays, mesh = some_scores(rules), make_mesh(*shape)
+    for weight in (0.5, -0.5):  # below 0 every score of a rule may be less than that of a rule that is none
+        expected = select(*arrays, k=K, discrepancy_weight=weight)
+        chosen, margin = sharded(mesh, arrays, "max-discrepancy", K, weight, None)
+        assert np.array_equal(chosen, expected.rules)
+        assert np.array_equal(margin, expected.margin)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_equals_one_device(shape, strategy):
+    rules, arrays = 11, some_scores(11, seed=1)
+    fixed = [7, 0, 10, 3] if strategy == "fixed" else None
+    expected = select(*arrays, strategy, K, 0.5, fixed, seed=3, first_row=1000)
+    k = {"fixed": 4, "all": rules}.get(strategy, K)
+    placed = None if fixed is None else jnp.asarray(fixed, jnp.int32)
+    chosen, margin = sharded(make_mesh(*shape), arrays, strategy, k, 0.5, placed, first_row=1000)
+    assert np.array_equal(chosen, expected.rules)
+    assert np.array_equal(margin, expected.margin)
+
+
+def test_more_shards_than_rules():
+    arrays = some_scores(3)
+    expected = select(*arrays, k=2)
+    chosen, margin = sharded(make_mesh(1, 1, 8), arrays, "max-discrepancy", 2, 0.5, None)
+    assert np.array_equal(chosen, expected.rules)
+    assert np.array_equal(margin, expected.margin)
+
+
+def test_tiles_within_shards():
+    arrays = some_scores(70, pairs=2 * TILE + 3)  # shards of 18 rules, the last with two that are none
+    expected = select(*arrays, k=K)
+    chosen, margin = sharded(make_mesh(1, 2, 4), arrays, "max-discrepancy", K, 0.5, None)
+    assert np.array_equal(chosen, expected.rules)
+    assert np.array_equal(margin, expected.margin)
+
+
+def test_only_candidates_travel():
+    """The rule axis gathers k candidates a shard and no scores: nothing of [pairs, rules] is there in one place."""
+    mesh, rules = make_mesh(1, 2, 4), 128
+    placed = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor"))
+    scores = jax.ShapeDtypeStruct((64, rules), jnp.float32, sharding=placed)
+    rest = (jnp.float32(0.5), None, jnp.uint32(0), jnp.int32(0))
+    program = jax.jit(partial(select_sharded, strategy="max-discrepancy", k=K))
+    with jax.set_mesh(mesh):
+        text = program.lower(scores, scores, scores, *rest).compile().as_text()
+    assert "all-gather" in text
+    assert f"[32,{4 * K}]" in text  # candidates
+    assert f",{rules}]" not in text
