@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int8, Int32
 
-from adaptrm.selection.kernel import STRATEGIES, select_rows
+from adaptrm.selection.kernel import STRATEGIES, checked_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +69,7 @@ def select(
     k, fixed = resolve_k(strategy, k, discrepancy_weight, rules, a.shape[1])
     if weights is not None:
         raise ValueError(f"strategy {strategy!r} takes no weights")
-    for name, values, low in (("a", a, -1), ("b", b, -1), ("relevance", relevance, 0)):
-        _check_range(name, values, low, ids, first_row)
-    relevance = np.abs(relevance)  # -0 sorts below 0, and would break a tie
-    chosen, margin = select_rows(
+    chosen, margin, valid = checked_rows(
         a,
         b,
         relevance,
@@ -83,6 +80,9 @@ def select(
         strategy=strategy,
         k=k,
     )
+    if not np.asarray(valid).all():
+        for name, values, low in (("a", a, -1), ("b", b, -1), ("relevance", relevance, 0)):
+            _check_range(name, values, low, ids, first_row)
     return Selection.of(np.asarray(chosen), np.asarray(margin))
 
 
