@@ -21,8 +21,8 @@ from adaptrm.plan import devices_of
 TOKENS, DIM = 384, 64
 FIXED = [fan(100, 3, 30), deep(seed=1), fan(20, 8, 5), deep(seed=2)]  # and some padding
 SEQUENCES, LENGTH = 24, 160
-# jax 0.10 compiles a kernel anew for each of its blocks, which takes minutes.
-interpreted = pytest.mark.slow if jax.__version_info__ < (0, 11) else ()
+# The case of one block of keys runs on any jax: minutes on 0.10, most of them waiting.
+since_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 compiles a kernel anew for each block")
 
 
 def interpreter():
@@ -60,14 +60,15 @@ def real_tokens(flat, packed) -> np.ndarray:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "tokens"),
     [
-        pytest.param(2, 1, TOKENS, marks=interpreted, id="two-heads-a-block"),
-        pytest.param(4, 2, TOKENS, marks=pytest.mark.slow, id="two-kv-heads"),
-        pytest.param(3, 1, 370, marks=pytest.mark.slow, id="one-head-a-block-and-no-whole-blocks"),
+        pytest.param(2, 1, TOKENS, marks=since_0_11, id="two-heads-a-block"),
+        pytest.param(2, 1, 128, marks=pytest.mark.slow, id="one-block-of-keys"),
+        pytest.param(4, 2, TOKENS, marks=[since_0_11, pytest.mark.slow], id="two-kv-heads"),
+        pytest.param(3, 1, 370, marks=[since_0_11, pytest.mark.slow], id="one-head-a-block-and-no-whole-blocks"),
     ],
 )
 def test_equals_the_reference(heads, kv_heads, tokens):
     packed = pack(FIXED, 1, tokens, 32)
-    assert len(np.unique(packed.owner[..., 0])) == 5  # four trees and none
+    assert len(np.unique(packed.owner[..., 0])) >= 3  # trees, and none
     *qkv, weights = random_arrays(heads, kv_heads, tokens=tokens)
     real = real_tokens(flatten(packed, SEQUENCES, LENGTH), packed)
     assert 0 < (~real).sum() < 100
@@ -76,6 +77,7 @@ def test_equals_the_reference(heads, kv_heads, tokens):
     assert_equal_to((out, grads), (dense_out, dense_grads), 1e-5)
 
 
+@since_0_11
 @pytest.mark.slow
 def test_bfloat16_is_no_further_from_exact_than_separate_sequences_and_the_xla_lowering_are():
     packed = pack(FIXED, 1, TOKENS, 32)
@@ -93,6 +95,7 @@ def test_bfloat16_is_no_further_from_exact_than_separate_sequences_and_the_xla_l
         assert np.sqrt((off**2).mean()) <= 1.5 * np.sqrt((allowed**2).mean())
 
 
+@since_0_11
 @pytest.mark.slow
 def test_what_is_skipped_is_never_read():
     # Blocks of keys: a beginning, and two branches that do not see each other. The first is nan.
