@@ -42,10 +42,14 @@ def make_mesh(data: int | None = None, fsdp: int = -1, tensor: int = 1, devices:
 def local_mesh(tensor: int = 1) -> Mesh:
     """All devices of this process, but for those that split a layer on the fsdp axis: it spreads rows and parameters.
 
+    On a CPU on the data axis: to gather parameters there takes longer than to compute with them.
+
     Raises:
         ValueError: as ``make_mesh``.
     """
-    return make_mesh(tensor=tensor, devices=jax.local_devices())
+    devices = jax.local_devices()
+    spread = {"data": -1, "fsdp": 1} if devices[0].platform == "cpu" else {}
+    return make_mesh(**spread, tensor=tensor, devices=devices)
 
 
 def count_slices(devices: Sequence) -> int:

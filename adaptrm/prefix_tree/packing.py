@@ -9,9 +9,12 @@ from jaxtyping import Int32
 
 from adaptrm.prefix_tree.tree import PrefixTree
 
-# Rows for scoring come in these lengths and no others, so that few programs are compiled.
-ROW_LENGTHS = tuple(int(2**e * f) for e in range(8, 17) for f in (1, 1.25, 1.5, 1.75))
-
+# Rows for scoring come in these lengths and no others, so that few programs are compiled: four to each doubling, and
+# sixteen where none of the four has little padding, as for a few trees.
+ROW_LENGTHS, FINE_ROW_LENGTHS = (
+    tuple(2**exponent * (steps + step) // steps for exponent in range(8, 17) for step in range(steps))
+    for steps in (4, 16)
+)
 LITTLE_PADDING = 0.05
 
 
@@ -65,19 +68,21 @@ def choose_row_length(lengths: Sequence[int], rows_at_once: int) -> tuple[int, l
         rows_at_once: rows are computed this many at a time, so their number is filled up to a multiple of it.
 
     Returns:
-        One of ``ROW_LENGTHS`` (a multiple of the longest where a tree is longer still), and the trees of each row.
+        One of these lengths (a multiple of the longest where a tree is longer still), and the trees of each row.
     """
-    longest = max(lengths)
-    steps = [n for n in ROW_LENGTHS if n >= longest] or [-(-longest // ROW_LENGTHS[-1]) * ROW_LENGTHS[-1]]
-    total = sum(lengths)
+    longest, total = max(lengths), sum(lengths)
     best: tuple[int, int, list[list[int]]] | None = None
-    for row_length in steps[:12]:
-        rows = best_fit(lengths, row_length)
-        computed = -(-len(rows) // rows_at_once) * rows_at_once * row_length
-        if best is None or computed < best[0]:
-            best = computed, row_length, rows
-        if row_length * rows_at_once >= total or total > (1 - LITTLE_PADDING) * computed:
-            break
+    for known in (ROW_LENGTHS, FINE_ROW_LENGTHS):
+        steps = [n for n in known if n >= longest] or [-(-longest // known[-1]) * known[-1]]
+        for row_length in steps[: len(known) // 3]:
+            rows = best_fit(lengths, row_length)
+            computed = -(-len(rows) // rows_at_once) * rows_at_once * row_length
+            if best is None or computed < best[0]:
+                best = computed, row_length, rows
+            if total >= (1 - LITTLE_PADDING) * computed:
+                return row_length, rows
+            if row_length * rows_at_once >= total:
+                break
     assert best is not None
     return best[1], best[2]
 
