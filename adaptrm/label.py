@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from adaptrm import paths
 from adaptrm.data.labels import Label, write_labels
 from adaptrm.data.preferences import read_pairs
 from adaptrm.data.rows import BadRows, source_hash
-from adaptrm.data.scores import read_manifest, read_parts
+from adaptrm.data.scores import read_batches, read_manifest
 from adaptrm.errors import InputError
 from adaptrm.selection import select
 
@@ -61,14 +63,14 @@ def label(job: LabelJob) -> dict[str, Any]:
         raise InputError(f"{job.scores}: has no rule {unknown[0]!r}; its rules are in manifest.json")
     fixed = [rule_ids.index(rule) for rule in job.rules] or None
     counts: Counter[str] = Counter()
-    decided: Counter[str] = Counter()
+    decided = np.zeros(len(rule_ids), np.int64)
 
     def labels() -> Iterator[Label]:
         # Rows that were skipped when the pairs were scored are skipped again; score listed them.
         bad = BadRows(manifest.get("on_bad_row", "fail"), listed=False)
         lenient = bad.on_bad_row == "skip" and manifest.get("truncate_to") is not None  # some could not be cut so far
         stream, row = read_pairs(source, bad), 0
-        for scores in read_parts(job.scores):
+        for scores in read_batches(job.scores):
             try:
                 chosen = select(
                     scores.a,
@@ -84,7 +86,9 @@ def label(job: LabelJob) -> dict[str, Any]:
                 )
             except ValueError as wrong:
                 raise InputError(f"{job.scores}: {wrong}") from None
-            for i, name in enumerate(scores.ids):
+            np.add.at(decided, chosen.rules[chosen.preferred != 0], 1)
+            said = (chosen.preferred, chosen.rules, chosen.margin, chosen.probability)
+            for name, sign, selected, margin, p in zip(scores.ids, *(x.tolist() for x in said), strict=True):
                 pair = next(stream, None)
                 while lenient and pair is not None and pair.id != name:
                     pair = next(stream, None)
@@ -93,24 +97,21 @@ def label(job: LabelJob) -> dict[str, Any]:
                 if pair.id != name:
                     raise InputError(f"{job.scores}: pair {name!r} is {pair.id!r} in {source}; score again")
                 counts["pairs"] += 1
-                sign = int(chosen.preferred[i])
                 if sign == 0:
                     counts["ties"] += 1
                     continue
                 if pair.preferred is not None:
                     counts["compared"] += 1
                     counts["agree"] += (pair.preferred == "a") == (sign > 0)
-                rules = tuple(rule_ids[r] for r in chosen.rules[i])
-                decided.update(rules)
                 sides = (pair.response_a, pair.response_b)[::sign]
-                margin = abs(float(chosen.margin[i]))
-                p = float(chosen.probability[i])
-                yield Label(pair.id, pair.prompt, *sides, rules, margin, max(p, 1 - p))
-            row += len(scores)
+                rules = tuple(rule_ids[rule] for rule in selected)
+                yield Label(pair.id, pair.prompt, *sides, rules, abs(margin), max(p, 1 - p))
+            row += len(scores.ids)
         if not lenient and next(stream, None) is not None:
             raise InputError(f"{job.scores}: holds fewer rows than {source} has pairs; score again")
 
     written = write_labels(job.out, labels())
+    most = np.argsort(-decided, kind="stable")[:10].tolist()
     return {
         "labels": str(job.out),
         "strategy": job.strategy,
@@ -119,5 +120,5 @@ def label(job: LabelJob) -> dict[str, Any]:
         "ties": counts["ties"],
         "agreement": counts["agree"] / counts["compared"] if counts["compared"] else None,
         "compared": counts["compared"],
-        "deciding_rules": dict(decided.most_common(10)),
+        "deciding_rules": {rule_ids[rule]: int(decided[rule]) for rule in most if decided[rule]},
     }

@@ -15,7 +15,8 @@ from refusals import refused
 from adaptrm import paths
 from adaptrm.data.labels import LabelIndex, read_labels, read_rule_labels
 from adaptrm.data.preferences import Pair
-from adaptrm.data.scores import COLUMNS, Scores, part_name, read_parts, write_manifest, write_part
+from adaptrm.data.scores import COLUMNS, Scores, part_name, read_batches, read_parts, write_manifest, write_part
+from adaptrm.data.seen import Seen
 from adaptrm.label import LabelJob, label
 
 RULES = ["kind", "safe", "calm"]
@@ -275,3 +276,33 @@ def test_wrong_rule_label_lines_are_named(tmp_path, change, message):
     file = write_lines(tmp_path / "rules.jsonl", [VERDICT, VERDICT | change])
     found = refused(lambda: list(read_rule_labels(file)))
     assert found.startswith(f"{file}: line 2: ") and message in found
+
+
+def test_numbers_seen_are_those_that_came_and_take_little_memory():
+    rng = np.random.default_rng(0)
+    numbers = [0, 1, 2**64 - 1, *(3 << 32 for _ in range(2)), *rng.integers(0, 2**63, 5000).tolist()]
+    numbers += [5 + (i << 40) for i in range(300)]  # of one slot
+    seen, expected = Seen(), set()
+    for number in numbers:
+        if number > 1:  # which are one
+            assert (number in seen) == (number in expected)
+        seen.add(number)
+        expected.add(number)
+    assert len(seen) == len(expected) - 1
+    assert all(number in seen for number in expected)
+    assert not any(number in seen for number in rng.integers(2**63, 2**64 - 1, 5000, np.uint64).tolist())
+    assert 8 * len(seen._table) <= 24 * len(seen)
+
+
+def test_large_parts_are_read_in_batches(folder, monkeypatch):
+    job = folder()
+    label(job)
+    expected = Path(job.out).read_bytes()
+    monkeypatch.setattr("adaptrm.data.scores.BATCH_ROWS", 1)
+    batches = list(read_batches(job.scores))
+    assert [batch.ids for batch in batches] == [["p0"], ["p1"], ["p2"], ["p3"]]
+    for name in ("a", "b", "relevance"):
+        got = np.concatenate([getattr(batch, name) for batch in batches])
+        np.testing.assert_array_equal(got, getattr(made_scores(), name), err_msg=name)
+    label(job)
+    assert Path(job.out).read_bytes() == expected

@@ -12,6 +12,7 @@ import numpy as np
 from adaptrm import paths
 from adaptrm.data.preferences import Pair, check_prompt, check_reply, check_response, hash_id, margin_of
 from adaptrm.data.rows import BadRows, Row, read_rows
+from adaptrm.data.seen import Seen
 from adaptrm.errors import InputError
 
 
@@ -50,11 +51,11 @@ class Label:
 
 def write_labels(path: str | os.PathLike, labels: Iterator[Label]) -> int:
     """Write a label file, JSONL or Parquet by its name, streaming; it appears whole. Returns the number of rows."""
-    count = 0
+    count, encode = 0, json.JSONEncoder(ensure_ascii=False).encode
     with paths.writing(path) as stream:
         if not str(path).endswith(".parquet"):
             for label in labels:
-                stream.write((json.dumps(label.to_row(), ensure_ascii=False) + "\n").encode())
+                stream.write((encode(label.to_row()) + "\n").encode())
                 count += 1
             return count
         import pyarrow as pa
@@ -88,7 +89,7 @@ def read_labels(path: str | os.PathLike) -> Iterator[Label]:
     Raises:
         InputError: a row is not a label; names the line.
     """
-    seen: set[int] = set()
+    seen = Seen()
     for where, row in read_rows(path):
         at = f"{path}: {where}"
         if row.get("id") is None or not {"prompt", "chosen", "rejected"} <= row.keys():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from adaptrm.data.rows import BadRows, OnBadRow, Row, Source, canonical, rows_of
+from adaptrm.data.seen import Seen
 from adaptrm.errors import InputError
 
 ROLES = ("system", "user", "assistant")
@@ -108,7 +109,7 @@ def read_sets(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSe
 
 def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list]) -> Iterator:
     name = str(source) if isinstance(source, str | os.PathLike) else "pairs"
-    seen: set[int] = set()
+    seen = Seen()
     first = None
     for where, row in rows_of(source, bad):
         at = f"{name}: {where}"
@@ -117,13 +118,14 @@ def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list]) -> I
             if form != (first or form):
                 raise InputError(f"{at}: gives {form}; the rows before give {first}: mend it, or make two files")
             keys = {hash_id(one.id) for one in found}
-            if seen & keys:
+            if any(key in seen for key in keys):
                 raise InputError(f"{at}: the id {found[0].id!r} is repeated; ids must be unique")
         except InputError as wrong:
             bad(wrong)
             continue
         first = form
-        seen |= keys
+        for key in keys:
+            seen.add(key)
         yield from found
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -22,6 +24,8 @@ COLUMNS = {
     "label_mass_a": "label_mass_a",
     "label_mass_b": "label_mass_b",
 }
+
+BATCH_ROWS, BUFFER_BYTES = 4096, 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +115,15 @@ def write_part(folder: str | os.PathLike, number: int, scores: Scores) -> None:
         pq.write_table(pa.table(columns), stream)
 
 
+class Batch(NamedTuple):
+    """What selection reads of some pairs; as in ``Scores``."""
+
+    ids: list[str]
+    a: Float32[np.ndarray, "pairs rules"]
+    b: Float32[np.ndarray, "pairs rules"]
+    relevance: Float32[np.ndarray, "pairs rules"]
+
+
 def read_parts(folder: str | os.PathLike) -> Iterator[Scores]:
     """The parts of a finished folder, one at a time.
 
@@ -119,27 +132,70 @@ def read_parts(folder: str | os.PathLike) -> Iterator[Scores]:
     """
     manifest = read_manifest(folder)
     rules = list(manifest["rules"])
+    for file in _parts(folder, manifest):
+        yield read_part(file, rules)
+
+
+def read_batches(folder: str | os.PathLike) -> Iterator[Batch]:
+    """What selection reads of a finished folder, in order; memory does not depend on how large its parts are.
+
+    The next batch is read while the caller works on one.
+
+    Raises:
+        InputError: as ``read_parts``.
+    """
+    manifest = read_manifest(folder)
+    rules = len(manifest["rules"])
+    batches = (batch for file in _parts(folder, manifest) for batch in _read_batches(file, rules))
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def _parts(folder: str | os.PathLike, manifest: dict[str, Any]) -> list[str]:
     parts = [name for name in paths.names(folder) if name.startswith("part-") and name.endswith(".parquet")]
     if len(parts) != manifest["parts"] or parts != [part_name(i) for i in range(len(parts))]:
         raise InputError(
             f"{folder}: has {len(parts)} of {manifest['parts']} parts; run the same adaptrm score again, it continues"
         )
-    for name in parts:
-        yield read_part(paths.join(folder, name), rules)
+    return [paths.join(folder, name) for name in parts]
+
+
+def _read_batches(file: str, rules: int) -> Iterator[Batch]:
+    import pyarrow.parquet as pq
+
+    columns = [column for column, attribute in COLUMNS.items() if attribute in Batch._fields]
+    with _part_errors(file, rules), paths.reading(file) as stream:
+        # The buffer keeps a row group, which may be the whole of a part made elsewhere, from being read at once.
+        part = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES)
+        for rows in part.iter_batches(BATCH_ROWS, columns=["id", *columns]):
+            yield Batch(rows["id"].to_pylist(), *(_array(rows[column], rules) for column in columns))
 
 
 def read_part(file: str | os.PathLike, rules: list[str]) -> Scores:
-    import pyarrow.lib
     import pyarrow.parquet as pq
 
-    try:
-        with paths.reading(file) as stream:
-            table = pq.read_table(stream)
-        arrays = {}
-        for column, attribute in COLUMNS.items():
-            flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            arrays[attribute] = flat.astype(np.float32, copy=False).reshape(len(table), len(rules))
+    with _part_errors(file, len(rules)), paths.reading(file) as stream:
+        table = pq.read_table(stream)
+        arrays = {name: _array(table[column].combine_chunks(), len(rules)) for column, name in COLUMNS.items()}
         return Scores(table["id"].to_pylist(), rules, **arrays)
+
+
+def _array(lists, rules: int) -> Float32[np.ndarray, "pairs rules"]:
+    """A column of lists as an array; null is nan."""
+    flat = lists.flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32, copy=False).reshape(len(lists), rules)
+
+
+@contextmanager
+def _part_errors(file: str | os.PathLike, rules: int) -> Iterator[None]:
+    """One line for what is no part of a score folder."""
+    import pyarrow.lib
+
+    try:
+        yield
     except (pyarrow.lib.ArrowException, OSError, KeyError, ValueError) as wrong:
         reason = str(wrong).splitlines()[0]
-        raise InputError(f"{file}: not a part of a score folder with {len(rules)} rules: {reason}") from None
+        raise InputError(f"{file}: not a part of a score folder with {rules} rules: {reason}") from None
