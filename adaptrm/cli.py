@@ -68,7 +68,9 @@ class Quantize(StrEnum):
 
 
 QuantizeTo = Annotated[Quantize | None, typer.Option(help="Keep the judge's projections in this; needs the extra.")]
-Tensor = Annotated[int, typer.Option(min=1, help="Devices that split a layer of the judge; the rest share the rows.")]
+Tensor = Annotated[
+    int, typer.Option(min=1, help="Of a judge that scores: devices that split a layer; the rest split rows.")
+]
 
 
 class OnBadRow(StrEnum):
@@ -197,6 +199,8 @@ def plan(
     config: Annotated[str, typer.Argument(help="A config: a name or a YAML file.")],
     target: Annotated[str, typer.Option(help="A TPU slice or GPUs: v5p:2x2x2, v5e:4x4, v6e:2x4, h100:8.")],
     only: Annotated[StepKind | None, typer.Option(help="Of a judge, only the step that trains or scores.")] = None,
+    quantize: QuantizeTo = None,
+    tensor: Tensor = 1,
     as_json: Json = False,
 ) -> None:
     """Compile a config's steps for devices that are not here: memory by part, and whether they fit.
@@ -207,7 +211,8 @@ def plan(
     from adaptrm.plan import for_people
     from adaptrm.plan import plan as run
 
-    found = run(config, target, dotted(ctx.args), "" if only is None else only.value)
+    scoring = {"tensor": tensor, "quantize": quantize and quantize.value}
+    found = run(config, target, dotted(ctx.args), "" if only is None else only.value, **scoring)
     show(found if as_json else for_people(found), as_json)
 
 

@@ -23,6 +23,7 @@ from adaptrm.config import ModelOptions, TrainOptions, load_options, sections_of
 from adaptrm.data.pipeline import RowSource, TreeStore
 from adaptrm.data.plan import Plan
 from adaptrm.errors import InputError
+from adaptrm.hf.int8 import int8_shapes
 from adaptrm.hf.load import abstract_model
 from adaptrm.judge.program import answer_leaves
 from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
@@ -96,13 +97,21 @@ CHIPS = {
 }
 
 
-def plan(config: str, target: str, overrides: dict[str, Any] | None = None, only: str = "") -> dict[str, Any]:
+def plan(
+    config: str,
+    target: str,
+    overrides: dict[str, Any] | None = None,
+    only: str = "",
+    tensor: int = 1,
+    quantize: str | None = None,
+) -> dict[str, Any]:
     """Compile every step of a config for a target.
 
     Args:
         target: ``v5p:2x2x2`` (a TPU slice by its shape) or ``h100:8`` (GPUs by their number, nodes of eight).
         overrides: dotted options, for every section.
         only: how the names of the steps to compile begin: train or score.
+        tensor, quantize: of the step that scores, as of ``adaptrm score``; that which trains has the config's mesh.
 
     Returns:
         The target's devices and memory, and for each step what ``measure`` gives.
@@ -111,9 +120,11 @@ def plan(config: str, target: str, overrides: dict[str, Any] | None = None, only
         InputError: config, target or model are not known, or this jax cannot compile for the target.
     """
     chip, devices = devices_of(target)
-    found = {"config": config, "target": target, "devices": len(devices), "memory": chip.memory, "steps": {}}
+    found = {"config": config, "target": target, "devices": len(devices), "memory": chip.memory}
+    found |= {"quantize": quantize, "steps": {}}
     for verb in sections_of(config):
-        for name, step in steps_of(f"{config}: {verb}", verb, load_options(config, verb, overrides), devices):
+        options = load_options(config, verb, overrides)
+        for name, step in steps_of(f"{config}: {verb}", verb, options, devices, tensor, quantize):
             if name.startswith(only):
                 found["steps"][name] = measure(step, chip)
     return found
@@ -167,7 +178,9 @@ class Step:
     flops: int
 
 
-def steps_of(where: str, verb: str, options: TrainOptions, devices: list) -> Iterator[tuple[str, Step]]:
+def steps_of(
+    where: str, verb: str, options: TrainOptions, devices: list, tensor: int = 1, quantize: str | None = None
+) -> Iterator[tuple[str, Step]]:
     """The step that trains, and for a judge the one that scores."""
     config = shapes_of(where, options.model)
     try:
@@ -176,7 +189,11 @@ def steps_of(where: str, verb: str, options: TrainOptions, devices: list) -> Ite
         raise InputError(f"{where}: {wrong}; change the mesh section of the config") from None
     yield f"train {verb}", train_step(verb, options, config, mesh)
     if verb == "judge":
-        yield "score", score_step(options.data.row_length, config, make_mesh(devices=devices))
+        try:
+            mesh = make_mesh(tensor=tensor, devices=devices)
+        except ValueError as wrong:
+            raise InputError(f"--tensor {tensor}: {wrong}") from None
+        yield "score", score_step(options.data.row_length, config, mesh, quantize)
 
 
 def shapes_of(where: str, model: ModelOptions) -> ModelConfig:
@@ -225,19 +242,23 @@ def train_step(verb: str, options: TrainOptions, config: ModelConfig, mesh: Mesh
     return Step(step, (state, batch), parts, mesh, (count, layout.row_length), flops)
 
 
-def score_step(row_length: int, config: ModelConfig, mesh: Mesh) -> Step:
-    """The step of ``adaptrm score --dtype bfloat16``: one row a device."""
+def score_step(row_length: int, config: ModelConfig, mesh: Mesh, quantize: str | None = None) -> Step:
+    """The step of ``adaptrm score --dtype bfloat16``: one row for the devices that split a layer."""
     definition, abstract = abstract_model(CausalLM, config)
+    count = multiplied_parameters(abstract)
     narrow = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract)
+    if quantize is not None:
+        definition, narrow = int8_shapes(definition, narrow)
     params = _placed(definition, narrow, mesh)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     store = _rows("judge", row_length, 1)
     tree = store[0][0]
     arrays = (tree.tokens, tree.positions, tree.subtree_end, tree.leaves)
-    batch = tuple(_spread(mesh, (mesh.size, *x.shape), x.dtype) for x in arrays)
-    flops = training_flops(config, multiplied_parameters(params), *_work(store, mesh.size)) // 3  # no backward pass
+    batch = tuple(_spread(mesh, (rows, *x.shape), x.dtype) for x in arrays)
+    flops = training_flops(config, count, *_work(store, rows)) // 3  # no backward pass
     arguments = (definition, ANSWERS, "bfloat16", params, *batch)
     parts = {"parameters": params, "batch": batch}
-    return Step(answer_leaves, arguments, parts, mesh, (mesh.size, row_length), flops)
+    return Step(answer_leaves, arguments, parts, mesh, (rows, row_length), flops)
 
 
 def _placed(definition: nnx.GraphDef, abstract: nnx.State, mesh: Mesh) -> nnx.State:

@@ -132,6 +132,20 @@ def test_adapters_are_trained_over_a_model_in_the_dtype_of_the_computation(folde
         step.jitted.lower(*step.arguments)
 
 
+def test_a_judge_scores_split_and_in_int8(folder):
+    whole, narrow = (score_step(128, tiny_config(), make_mesh(tensor=2), quantize) for quantize in (None, "int8"))
+    assert narrow.shape == whole.shape == (4, 128) and narrow.flops == whole.flops  # a row for two devices
+    layers = narrow.parts["parameters"]["model"]["layers"]
+    assert (layers["mlp"]["up_proj"]["weight"].dtype, layers["mlp"]["up_proj"]["scale"].dtype) == ("int8", "float32")
+    assert (
+        layers["input_layernorm"]["weight"].dtype == narrow.parts["parameters"]["lm_head"]["weight"].dtype == "bfloat16"
+    )
+    with jax.set_mesh(narrow.mesh):
+        narrow.jitted.lower(*narrow.arguments)
+    message = refused(lambda: list(steps_of("here", "judge", options("judge", folder), jax.devices(), tensor=3)))
+    assert message == "--tensor 3: mesh data=1 x fsdp=2 x tensor=3 needs 6 devices, there are 8"
+
+
 def test_what_does_not_fit_is_told(folder):
     step = score_step(128, tiny_config(), make_mesh())
     assert not measure(step, replace(CHIPS["v5e"], memory=1000))["fits"]
@@ -160,14 +174,16 @@ def cases(platform: str) -> list:
     """Every config with every target of a platform that its header names, and which of its steps."""
     found = []
     for file in SHIPPED:
-        for kind, targets in re.findall(r"^# Targets(?: to (\w+))?.*: (.+)$", file.read_text(), re.M):
+        header = r"^# Targets(?: to (\w+(?: --\w+ \w+)*))?(?: \(.*\))?: (.+)$"
+        for step, targets in re.findall(header, file.read_text(), re.M):
             on = [t for t in targets.split() if CHIPS[t.partition(":")[0]].platform == platform]
-            found += [pytest.param(file.stem, target, kind or "train", id=f"{file.stem}-{target}") for target in on]
+            name = "-".join([file.stem, *step.replace("--", "").split()])
+            found += [pytest.param(file.stem, target, step or "train", id=f"{name}-{target}") for target in on]
     return found
 
 
-def compiles_and_fits(config: str, target: str, kind: str) -> None:
-    done = adaptrm("plan", config, "--target", target, "--only", kind, "--json", long=True)
+def compiles_and_fits(config: str, target: str, step: str) -> None:
+    done = adaptrm("plan", config, "--target", target, "--only", *step.split(), "--json", long=True)
     print(done.stdout)  # what tools/plan_table.py makes a row of
     (step,) = json.loads(done.stdout)["steps"].values()
     parts = sum(step.get(part, 0) for part in ("parameters", "optimizer", "batch"))
@@ -178,15 +194,15 @@ def compiles_and_fits(config: str, target: str, kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.aot_tpu
-@pytest.mark.parametrize(("config", "target", "kind"), cases("tpu"))
-def test_tpu_steps_compile_and_fit(config, target, kind):
+@pytest.mark.parametrize(("config", "target", "step"), cases("tpu"))
+def test_tpu_steps_compile_and_fit(config, target, step):
     pytest.importorskip("libtpu", reason="pip install 'adaptrm[tpu]'")
-    compiles_and_fits(config, target, kind)
+    compiles_and_fits(config, target, step)
 
 
 @pytest.mark.slow
 @pytest.mark.aot_gpu
-@pytest.mark.parametrize(("config", "target", "kind"), cases("cuda"))
-def test_gpu_steps_compile_and_fit(config, target, kind):
+@pytest.mark.parametrize(("config", "target", "step"), cases("cuda"))
+def test_gpu_steps_compile_and_fit(config, target, step):
     pytest.importorskip("jax_cuda13_plugin", reason="pip install 'adaptrm[cuda]'")
-    compiles_and_fits(config, target, kind)
+    compiles_and_fits(config, target, step)

@@ -19,10 +19,10 @@ HEAD = ("config", "step", "target", "rows x tokens", *COLUMNS, "of", "PFLOPs a s
 
 
 def targets(config: str) -> dict[str, list[str]]:
-    """The verb (train or score) -> targets that a config's header names."""
+    """The verb (train or score) and its options -> targets that a config's header names."""
     header = (config_folder() / f"{config}.yaml").read_text()
-    found = re.findall(r"^# Targets(?: to (\w+))?(?: \(.*\))?: (.+)$", header, re.MULTILINE)
-    return {verb or "train": named.split() for verb, named in found}
+    found = re.findall(r"^# Targets(?: to (\w+(?: --\w+ \w+)*))?(?: \(.*\))?: (.+)$", header, re.MULTILINE)
+    return {command or "train": named.split() for command, named in found}
 
 
 def planned() -> list[str]:
@@ -42,12 +42,13 @@ def main(configs: list[str]) -> None:
     print("GiB a device:\n")
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
     for config in configs or planned():
-        for verb, named in targets(config).items():
+        for step_command, named in targets(config).items():
+            verb, *given = step_command.split()
             for target in named:
-                command = ["adaptrm", "plan", config, "--target", target, "--only", verb, "--json"]
+                command = ["adaptrm", "plan", config, "--target", target, "--only", verb, *given, "--json"]
                 found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
                 for name, step in found["steps"].items():
-                    print(row(config, name, found, step), flush=True)
+                    print(row(config, " ".join([name, *given]), found, step), flush=True)
 
 
 if __name__ == "__main__":
