@@ -207,14 +207,17 @@ def test_select_refuses_what_it_cannot_do(judge, rule_first):
         judge.select(tiny_pairs(), strategy="best")
 
 
-def test_another_pool_or_a_subset_runs_on_compiled_programs(judge, folder, one_device):
+def test_programs_are_compiled_for_shapes_alone(judge, folder, one_device):
     pairs = tiny_pairs()
-    judge.score(pairs), judge.select(pairs, k=3)
-    compiled = answer_leaves._cache_size(), decide_leaves._cache_size()
     texts = ["is rude", "is false", "rests", "refuses", "bakes", "counts"]
     rules = [dataclasses.replace(r, id=f"x{r.id}", text=f"The response {t}.") for r, t in zip(POOL, texts, strict=True)]
     other = Judge.from_pretrained(folder, RulePool("other", "1", tuple(rules)), mesh=one_device)
-    assert np.abs(other.score(pairs).a - judge.score(pairs).a).max() > 0.01
-    other.select(pairs, k=3)
-    judge.score(pairs, np.array([[0, 1, 2, 3, 4]] * len(pairs)))
-    assert (answer_leaves._cache_size(), decide_leaves._cache_size()) == compiled
+    fewer = np.array([[0, 1, 2, 3, 4]] * len(pairs))
+    asked = [judge.ask(pairs), other.ask(pairs), judge.ask(pairs, fewer), judge.ask(pairs[::-1])]
+    shapes = {(one.packed.tokens.shape[1], one.packed.leaves.shape[1]) for one in asked}
+    answer_leaves.clear_cache(), decide_leaves.clear_cache()
+    for one in asked:
+        (other if one is asked[1] else judge).answer(one)
+    assert answer_leaves._cache_size() == len(shapes) < len(asked)
+    judge.select(pairs, k=3), other.select(pairs, k=3, discrepancy_weight=0.1), judge.select(pairs[::-1], k=3)
+    assert decide_leaves._cache_size() <= len({(one.packed.tokens.shape[1]) for one in asked[:2]})

@@ -30,7 +30,7 @@ def sharded(mesh, arrays, strategy: str, k: int, weight: float, fixed, first_row
 
     @jax.jit
     def program(a, b, relevance):
-        rest = (jnp.float32(weight), fixed, jnp.uint32(3), jnp.int32(first_row))
+        rest = (jnp.float32(weight), fixed, jnp.uint32(3), first_row + jnp.arange(len(arrays[0])))
         return select_sharded(a, b, relevance, *rest, strategy=strategy, k=k)
 
     rows, rules = arrays[0].shape

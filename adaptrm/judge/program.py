@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from adaptrm.models.heads import answer_log_probabilities, at_leaves
-from adaptrm.selection.kernel import select_rows
+from adaptrm.selection.sharded import select_sharded
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -50,7 +50,9 @@ def decide_leaves(
     strategy: str,
     k: int,
 ) -> tuple[Int32[Array, "rows pairs k"], Float32[Array, "rows pairs"]]:
-    """The selected rules and margins of the pairs in packed rows: nothing else leaves the devices.
+    """The selected rules and margins of the pairs in packed rows, on the mesh of ``jax.set_mesh``.
+
+    Nothing else leaves the devices. The rules are split over the tensor axis once they are scores.
 
     Args:
         slots: the leaf of each pair's response and rule, among the leaves of its row.
@@ -60,9 +62,10 @@ def decide_leaves(
     rows, pairs, sides, rules = slots.shape
     asked = jnp.take_along_axis(log_p, slots.reshape(rows, -1, 1), axis=1)
     found = scores_of(asked.reshape(rows * pairs, sides, rules, -1), signs, jnp)
-    first = numbers.reshape(-1) - jnp.arange(rows * pairs)
     scores = found["a"], found["b"], found["relevance"]
-    chosen, margin = select_rows(*scores, discrepancy_weight, fixed, seed, first, strategy=strategy, k=k)
+    chosen, margin = select_sharded(
+        *scores, discrepancy_weight, fixed, seed, numbers.reshape(-1), strategy=strategy, k=k
+    )
     return chosen.reshape(rows, pairs, k), margin.reshape(rows, pairs)
 
 

@@ -19,7 +19,7 @@ def select_rows(
     discrepancy_weight: Float32[Array, ""],
     fixed: Int32[Array, " k"] | None,
     seed: UInt32[Array, ""],
-    first_row: Int32[Array, ""],
+    row: Int32[Array, " pairs"],
     *,
     strategy: str,
     k: int,
@@ -30,24 +30,24 @@ def select_rows(
     the responses negates it exactly.
 
     Args:
-        first_row: position of the first pair in the whole set; random picks depend on (seed, row) alone.
+        row: position of each pair in the whole set; random picks depend on (seed, row) alone.
     """
-    arrays = (a, b, relevance, discrepancy_weight, fixed, seed, first_row)
+    arrays = (a, b, relevance, discrepancy_weight, fixed, seed, row)
     return _select(*arrays, strategy, k, checked=False)[:2]
 
 
 @partial(jax.jit, static_argnames=("strategy", "k"))
 def checked_rows(
-    a, b, relevance, discrepancy_weight, fixed, seed, first_row, *, strategy: str, k: int
+    a, b, relevance, discrepancy_weight, fixed, seed, row, *, strategy: str, k: int
 ) -> tuple[Int32[Array, "pairs k"], Float32[Array, " pairs"], Bool[Array, " pairs"]]:
     """As ``select_rows``, and whether all scores of each pair are in range: if not, the rest means nothing."""
-    return _select(a, b, relevance, discrepancy_weight, fixed, seed, first_row, strategy, k, checked=True)
+    return _select(a, b, relevance, discrepancy_weight, fixed, seed, row, strategy, k, checked=True)
 
 
-def _select(a, b, relevance, discrepancy_weight, fixed, seed, first_row, strategy: str, k: int, checked: bool):
-    pairs, rules = a.shape
+def _select(a, b, relevance, discrepancy_weight, fixed, seed, row, strategy: str, k: int, checked: bool):
+    rules = a.shape[1]
     if strategy in ("fixed", "random"):
-        chosen = drawn_rules(strategy, fixed, seed, first_row + jnp.arange(pairs), rules, k)
+        chosen = drawn_rules(strategy, fixed, seed, row, rules, k)
         valid = jnp.all(in_range(a, b, relevance), axis=1) if checked else None
     else:
         weight = None if strategy == "relevance" else discrepancy_weight
@@ -64,7 +64,7 @@ def drawn_rules(
     rules: int,
     k: int,
 ) -> Int32[Array, "pairs k"]:
-    """The rules of strategies that look at no score; ``row`` is that of the pair in the whole set."""
+    """The rules of strategies that look at no score."""
     if strategy == "fixed":
         return jnp.broadcast_to(fixed, (len(row), k))
     key = jax.random.key(seed)

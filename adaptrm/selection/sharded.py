@@ -16,7 +16,7 @@ def select_sharded(
     discrepancy_weight: Float32[Array, ""],
     fixed: Int32[Array, " k"] | None,
     seed: UInt32[Array, ""],
-    first_row: Int32[Array, ""],
+    row: Int32[Array, " pairs"],
     *,
     strategy: str,
     k: int,
@@ -44,9 +44,10 @@ def select_sharded(
     more_pairs, more_rules = -pairs % ways, -rules % mesh.shape[rule_axis]
     # Added pairs are cut off again; added rules come last and score -inf, so no strategy selects one.
     a, b, relevance = (jnp.pad(x, ((0, more_pairs), (0, more_rules))) for x in (a, b, relevance))
+    row = jnp.pad(row, (0, more_pairs))
     each = a.shape[1] // mesh.shape[rule_axis]
 
-    def of_shard(a, b, relevance, discrepancy_weight, fixed, seed, first_row):
+    def of_shard(a, b, relevance, discrepancy_weight, fixed, seed, row):
         own = jax.lax.axis_index(rule_axis) * each  # index of the first rule here
 
         def gathered(x):
@@ -54,7 +55,6 @@ def select_sharded(
             return jax.lax.all_gather(x, rule_axis, axis=1, tiled=True)
 
         if strategy in ("fixed", "random"):
-            row = first_row + jax.lax.axis_index(pair_axes) * len(a) + jnp.arange(len(a))
             chosen = drawn_rules(strategy, fixed, seed, row, rules, k)
             here = (chosen >= own) & (chosen < own + each)
             place = jnp.clip(chosen - own, 0, each - 1)
@@ -71,10 +71,10 @@ def select_sharded(
 
     by_pair = PartitionSpec(pair_axes)
     scores, one = PartitionSpec(pair_axes, rule_axis), PartitionSpec()
-    rest = (discrepancy_weight, fixed, seed, first_row)
     # check_vma would not see that what was gathered over the rule axis is the same on all of it.
-    run = jax.shard_map(of_shard, in_specs=(scores,) * 3 + (one,) * 4, out_specs=(by_pair, by_pair), check_vma=False)
-    chosen, margin = run(a, b, relevance, *rest)
+    given = (scores,) * 3 + (one,) * 3 + (by_pair,)
+    run = jax.shard_map(of_shard, in_specs=given, out_specs=(by_pair, by_pair), check_vma=False)
+    chosen, margin = run(a, b, relevance, discrepancy_weight, fixed, seed, row)
     return chosen[:pairs], margin[:pairs]
 
 

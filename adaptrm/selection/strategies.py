@@ -76,7 +76,7 @@ def select(
         jnp.float32(discrepancy_weight),
         fixed,
         jnp.uint32(seed % 2**32),
-        jnp.int32(first_row),
+        np.arange(first_row, first_row + len(a), dtype=np.int32),
         strategy=strategy,
         k=k,
     )
