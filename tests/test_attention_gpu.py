@@ -21,7 +21,7 @@ from adaptrm.plan import devices_of
 TOKENS, DIM = 384, 64
 FIXED = [fan(100, 3, 30), deep(seed=1), fan(20, 8, 5), deep(seed=2)]  # and some padding
 SEQUENCES, LENGTH = 24, 160
-# The case of one block of keys runs on any jax: minutes on 0.10, most of them waiting.
+# The case of one block of keys runs on any jax: half a minute on 0.10.
 since_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 compiles a kernel anew for each block")
 
 
@@ -48,7 +48,9 @@ def side(lowering: str):
         out = jnp.where(real[..., None, None], attention(*qkv, subtree_end), 0)
         return jnp.sum(out.astype(jnp.float32) * weights), out
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    run = jax.value_and_grad(loss, has_aux=True)
+    # In one program the interpreter's threads would wait for those of the program.
+    return run if lowering == "gpu" else jax.jit(run)
 
 
 def real_tokens(flat, packed) -> np.ndarray:
