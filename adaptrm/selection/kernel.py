@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from adaptrm.selection.top_rules import in_range, top_rules
+from adaptrm.selection.top_rules import all_in_range, top_rules
 
 STRATEGIES = ("max-discrepancy", "all", "random", "fixed", "relevance")
 
@@ -48,12 +48,16 @@ def _select(a, b, relevance, discrepancy_weight, fixed, seed, row, strategy: str
     rules = a.shape[1]
     if strategy in ("fixed", "random"):
         chosen = drawn_rules(strategy, fixed, seed, row, rules, k)
-        valid = jnp.all(in_range(a, b, relevance), axis=1) if checked else None
+        valid = all_in_range(a, b, relevance) if checked else None
     else:
         weight = None if strategy == "relevance" else discrepancy_weight
         chosen, valid = top_rules(a, b, relevance, weight, k, checked)
-    picked = jnp.take_along_axis(a, chosen, axis=1) - jnp.take_along_axis(b, chosen, axis=1)
-    return chosen, sum_in_order(picked), valid
+    return chosen, sum_in_order(at(a, chosen) - at(b, chosen)), valid
+
+
+def at(x: Array, chosen: Int32[Array, "pairs k"]) -> Array:
+    """``[pairs, k]`` of ``[pairs, rules]``."""
+    return jnp.take_along_axis(x, chosen, axis=1, mode="promise_in_bounds")
 
 
 def drawn_rules(
@@ -74,5 +78,5 @@ def drawn_rules(
 
 def sum_in_order(picked: Float32[Array, "pairs k"]) -> Float32[Array, " pairs"]:
     """Float32 sums over k, from the first to the last."""
-    total, _ = jax.lax.scan(lambda total, x: (total + x, None), jnp.zeros(len(picked), jnp.float32), picked.T)
-    return total
+    start = jnp.zeros(len(picked), jnp.float32)
+    return jax.lax.scan(lambda total, x: (total + x, None), start, picked.T, unroll=8)[0]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int32, UInt32
 
-from adaptrm.selection.kernel import drawn_rules, sum_in_order
-from adaptrm.selection.top_rules import selection_score, top_rules
+from adaptrm.selection.kernel import at, drawn_rules, sum_in_order
+from adaptrm.selection.top_rules import selection_score, sorted_rules, top_rules
 
 
 def select_sharded(
@@ -58,16 +58,16 @@ def select_sharded(
             chosen = drawn_rules(strategy, fixed, seed, row, rules, k)
             here = (chosen >= own) & (chosen < own + each)
             place = jnp.clip(chosen - own, 0, each - 1)
-            found = jnp.where(here, _difference(a, b, place), 0.0)
+            found = jnp.where(here, at(a, place) - at(b, place), 0.0)
             return chosen, sum_in_order(jax.lax.psum(found, rule_axis))  # all but one of the summands are 0
         weight = None if strategy == "relevance" else discrepancy_weight
         real = own + jnp.arange(each) < rules
         place, _ = top_rules(a, b, jnp.where(real, relevance, -jnp.inf), weight, min(k, each), checked=False)
-        score = selection_score(*(_at(x, place) for x in (a, b, relevance)), weight)
+        score = selection_score(*(at(x, place) for x in (a, b, relevance)), weight)
         score = jnp.where(own + place < rules, score, -jnp.inf)
-        best = jax.lax.top_k(gathered(score), k)[1]
-        chosen = _at(gathered(own + place), best)
-        return chosen, sum_in_order(_at(gathered(_difference(a, b, place)), best))
+        best = sorted_rules(gathered(score), k)
+        chosen = at(gathered(own + place), best)
+        return chosen, sum_in_order(at(gathered(at(a, place) - at(b, place)), best))
 
     by_pair = PartitionSpec(pair_axes)
     scores, one = PartitionSpec(pair_axes, rule_axis), PartitionSpec()
@@ -76,13 +76,3 @@ def select_sharded(
     run = jax.shard_map(of_shard, in_specs=given, out_specs=(by_pair, by_pair), check_vma=False)
     chosen, margin = run(a, b, relevance, discrepancy_weight, fixed, seed, row)
     return chosen[:pairs], margin[:pairs]
-
-
-def _at(x: Array, place: Int32[Array, "pairs k"]) -> Array:
-    return jnp.take_along_axis(x, place, axis=1)
-
-
-def _difference(
-    a: Float32[Array, "pairs rules"], b: Float32[Array, "pairs rules"], place: Int32[Array, "pairs k"]
-) -> Float32[Array, "pairs k"]:
-    return _at(a, place) - _at(b, place)

@@ -30,7 +30,6 @@ def selection_score(
     discrepancy_weight: Float32[Array, ""] | None,
 ) -> Float32[Array, "*shape"]:
     """``relevance + discrepancy_weight * |a - b|`` (METHOD.md section 1, step 4); relevance alone without a weight."""
-    relevance = jnp.where(relevance == 0, 0.0, relevance)  # -0 sorts below 0, and would break a tie
     if discrepancy_weight is None:
         return relevance
     weighted = discrepancy_weight * jnp.abs(a - b)
@@ -39,12 +38,22 @@ def selection_score(
     return relevance + jnp.where(jnp.isnan(weighted), 0.0, weighted)
 
 
-def in_range(
-    a: Float32[Array, "*shape"], b: Float32[Array, "*shape"], relevance: Float32[Array, "*shape"]
-) -> Bool[Array, "*shape"]:
-    """Whether scores are in [-1, 1] and relevance is in [0, 1]; what is not finite is not."""
-    largest = jnp.maximum(jnp.maximum(jnp.abs(a), jnp.abs(b)), relevance)  # nan where one of them is
-    return jnp.where(relevance >= 0, largest, jnp.nan) <= 1
+def where_in_range(
+    value: Float32[Array, "*shape"],
+    a: Float32[Array, "*shape"],
+    b: Float32[Array, "*shape"],
+    relevance: Float32[Array, "*shape"],
+) -> Float32[Array, "*shape"]:
+    """The value; nan where a score is not in [-1, 1] or relevance not in [0, 1] (what is nan is in no range)."""
+    for good in (jnp.abs(a) <= 1, jnp.abs(b) <= 1, relevance >= 0, relevance <= 1):
+        value = jnp.where(good, value, jnp.nan)
+    return value
+
+
+def all_in_range(
+    a: Float32[Array, "pairs rules"], b: Float32[Array, "pairs rules"], relevance: Float32[Array, "pairs rules"]
+) -> Bool[Array, " pairs"]:
+    return ~jnp.isnan(where_in_range(jnp.zeros_like(a), a, b, relevance)).any(axis=1)
 
 
 def top_rules(
@@ -65,9 +74,14 @@ def top_rules(
     return lax.platform_dependent(*arrays, cpu=cpu, default=other)
 
 
+def sorted_rules(score: Float32[Array, "pairs rules"], k: int) -> Int32[Array, "pairs k"]:
+    """Positions of the k best scores, by XLA's own sort."""
+    return lax.top_k(jnp.where(score == 0, 0.0, score), k)[1]  # it sorts -0 below 0, which would break a tie
+
+
 def _sorted_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checked: bool):
-    chosen = lax.top_k(selection_score(a, b, relevance, discrepancy_weight), k)[1]
-    return chosen, jnp.all(in_range(a, b, relevance), axis=1) if checked else None
+    chosen = sorted_rules(selection_score(a, b, relevance, discrepancy_weight), k)
+    return chosen, all_in_range(a, b, relevance) if checked else None
 
 
 def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checked: bool):
@@ -85,7 +99,7 @@ def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checke
         tile = [lax.dynamic_slice_in_dim(x, start, TILE).reshape(PARTS, SIDE, rules) for x in (a, b, relevance)]
         score = selection_score(*tile, discrepancy_weight)
         if checked:  # in the same pass: out of range is nan, and a word of it is negative
-            score = jnp.where(in_range(*tile), score, jnp.nan)
+            score = where_in_range(score, *tile)
         score = jnp.pad(
             score.transpose(0, 2, 1), ((0, 0), (0, blocks * size - rules), (0, 0)), constant_values=-jnp.inf
         )
