@@ -86,7 +86,8 @@ def test_only_candidates_travel():
     mesh, rules = make_mesh(1, 2, 4), 128
     placed = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor"))
     scores = jax.ShapeDtypeStruct((64, rules), jnp.float32, sharding=placed)
-    rest = (jnp.float32(0.5), None, jnp.uint32(0), jnp.int32(0))
+    rows = jax.ShapeDtypeStruct((64,), jnp.int32)
+    rest = (jnp.float32(0.5), None, jnp.uint32(0), rows)
     program = jax.jit(partial(select_sharded, strategy="max-discrepancy", k=K))
     with jax.set_mesh(mesh):
         text = program.lower(scores, scores, scores, *rest).compile().as_text()
