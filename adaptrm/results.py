@@ -42,5 +42,6 @@ def _readable(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k}: {_readable(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
-        return " to ".join(map(_readable, value)) if len(value) == 2 else ", ".join(map(_readable, value))
+        interval = len(value) == 2 and all(isinstance(v, float) for v in value)
+        return (" to " if interval else ", ").join(map(_readable, value)) or "none"
     return "none" if value is None else str(value)

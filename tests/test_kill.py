@@ -137,7 +137,7 @@ def test_two_processes_stop_together_and_one_goes_on(made, tmp_path):
     assert_close(run, made / "straight")
 
 
-def test_two_processes_that_score_stop_at_once_and_go_on(tmp_path):
+def test_two_processes_that_score_are_stopped_and_killed_and_go_on(tmp_path):
     tiny_causal_lm(tmp_path / "lm")
     (tmp_path / "pool.yaml").write_text(tiny_pool().to_yaml())
     write_rows(tmp_path / "pairs.jsonl", pair_rows(tiny_pairs(40)))
@@ -145,12 +145,17 @@ def test_two_processes_that_score_stop_at_once_and_go_on(tmp_path):
     command = ("score", *given, "--part-size", 2)
     one, two = tmp_path / "one", tmp_path / "two"
     adaptrm(*command, "--out", one)
-    for told in (0, 1):
+    for told in (0, 1, None):
         before = len(list(two.glob("part-*.parquet")))
         started = start_together(ADAPTRM, *command, "--out", two)
         deadline = time.monotonic() + 300
         while len(list(two.glob("part-*.parquet"))) < before + 4 and time.monotonic() < deadline:
             time.sleep(0.005)
+        if told is None:
+            for process in started:
+                process.kill()
+            assert [process.wait() for process in started] == [-signal.SIGKILL] * 2
+            continue
         started[told].send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=30)[1] for process in started]
         assert [process.returncode for process in started] == [75] * 2, said

@@ -11,7 +11,7 @@ from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 from adaptrm.data.scores import read_parts
 from adaptrm.errors import RESTART, InputError
 from adaptrm.judge import Judge
-from adaptrm.judge.score import ScoreJob, dry_run, score
+from adaptrm.judge.score import LOW_MASS, ScoreJob, dry_run, score
 from adaptrm.lock import hold
 
 PAIRS, PART = 40, 4
@@ -63,6 +63,16 @@ def test_the_folder_holds_what_the_judge_says(folder, scored, one_device):
     assert part.ids == [p.id for p in pairs[:PART]]
     for field in ("a", "b", "relevance", "log_odds_a", "label_mass_b"):
         np.testing.assert_allclose(getattr(part, field), getattr(said, field), atol=1e-5)
+
+
+def test_pairs_whose_answers_carry_little_mass_are_counted_and_named(folder, scored):
+    parts = list(read_parts(folder / "scores"))
+    found = [both for p in parts for both in zip(p.ids, p.label_mass_a, p.label_mass_b, strict=True)]
+    low = [name for name, a, b in found if np.mean([a, b]) < LOW_MASS]
+    assert low, "a judge with random weights rarely answers"
+    assert scored["low_mass_pairs"] == len(low) and scored["low_mass_first"] == low[:10]
+    entries = np.array([[a, b] for _, a, b in found])
+    assert scored["low_mass_share"] == pytest.approx((entries < LOW_MASS).mean())
 
 
 def test_stopped_and_killed_and_started_again_it_writes_the_same_bytes(folder, scored, tmp_path):
