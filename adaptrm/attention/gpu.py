@@ -22,7 +22,8 @@ from adaptrm.attention.xla import ATTENTION
 
 HEAD_DIMS = (64, 128)  # larger ones do not fit shared memory, others not a tile of 128 bytes
 HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
-MISCOMPILED = range(12080, 12091)  # versions of CUDA whose assembler breaks masks, by jax's attention_mgpu.py
+# Versions of CUDA whose assembler breaks masks, by jax's attention_mgpu.py; no number tells 12.9.0 from 12.9.1.
+MISCOMPILED = range(12080, 12091)
 
 
 def unsupported(q: Array, k: Array) -> str | None:
@@ -34,7 +35,7 @@ def unsupported(q: Array, k: Array) -> str | None:
     if not HOPPER.search(kind):
         return f"its instructions are those of Hopper GPUs, and this is {kind}"
     if cuda and int(cuda[1]) in MISCOMPILED:
-        return f"CUDA {cuda[1]} compiles it wrongly; CUDA 12.9.1 or later does not"
+        return f"CUDA {int(cuda[1]) // 1000}.{int(cuda[1]) // 10 % 100} may compile it wrongly; jax[cuda13] does not"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         return f"it takes bfloat16 or float16, and these are {q.dtype} queries and {k.dtype} keys"
     if dim not in HEAD_DIMS:
