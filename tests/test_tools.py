@@ -72,3 +72,13 @@ def test_training_is_measured_beside_trl(arguments, tmp_path):
     assert sides["shared"]["text_tokens"] < sides["unshared"]["text_tokens"] == sides["trl"]["text_tokens"]
     assert sides["trl_grouped"]["computed_tokens"] <= sides["trl"]["computed_tokens"]
     assert found["ratios"].keys() == {"shared_to_unshared", "shared_to_trl", "shared_to_trl_grouped"}
+
+
+@pytest.mark.slow
+def test_selection_is_measured_beside_others():
+    found = run("bench_select.py", "--pairs", "700", "--rules", "40", "--repeats", "2", "--pandas-pairs", "5")
+    assert found["equal"] and {"kernel", "top_k", "argpartition"} < found["sides"].keys()
+    assert all(times["cpu_seconds"] > 0 for times in found["sides"].values())
+    found = run("bench_select.py", "--label", "50", "20", "--rules", "7", "--part", "16")
+    assert found["equal"] and [one["pairs"] for one in found["runs"]] == [50, 20]
+    assert all(one["labelled"] == one["lines"] > 0 for one in found["runs"])
