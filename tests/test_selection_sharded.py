@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adaptrm.parallel import make_mesh
+from adaptrm.plan import devices_of
 from adaptrm.selection import STRATEGIES, select, select_sharded
 from adaptrm.selection.top_rules import TILE
 
@@ -94,3 +95,31 @@ def test_only_candidates_travel():
     assert "all-gather" in text
     assert f"[32,{4 * K}]" in text  # candidates
     assert f",{rules}]" not in text
+
+
+def compiles_for(target: str) -> None:
+    _, devices = devices_of(target)
+    mesh = make_mesh(1, len(devices) // 2, 2, devices=devices)
+    one = NamedSharding(mesh, PartitionSpec())
+    scores = jax.ShapeDtypeStruct((4096, 100), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(("fsdp",))))
+    weight, seed = (jax.ShapeDtypeStruct((), dtype, sharding=one) for dtype in (jnp.float32, jnp.uint32))
+    row = jax.ShapeDtypeStruct((4096,), jnp.int32, sharding=one)
+    for strategy in ("max-discrepancy", "random"):
+        program = jax.jit(partial(select_sharded, strategy=strategy, k=K))
+        with jax.set_mesh(mesh):
+            compiled = program.lower(scores, scores, scores, weight, None, seed, row).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**24
+
+
+@pytest.mark.slow
+@pytest.mark.aot_tpu
+def test_it_compiles_for_a_tpu_slice():
+    pytest.importorskip("libtpu", reason="pip install 'adaptrm[tpu]'")
+    compiles_for("v5p:2x2x2")
+
+
+@pytest.mark.slow
+@pytest.mark.aot_gpu
+def test_it_compiles_for_gpus():
+    pytest.importorskip("jax_cuda13_plugin", reason="pip install 'adaptrm[cuda]'")
+    compiles_for("h100:8")
