@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_equal_to
@@ -205,6 +207,13 @@ def test_select_refuses_what_it_cannot_do(judge, rule_first):
         judge.select(tiny_pairs(), k=9)
     with pytest.raises(ValueError, match="strategy 'best' is unknown"):
         judge.select(tiny_pairs(), strategy="best")
+
+
+def test_select_refuses_answers_that_are_no_numbers(judge, monkeypatch):
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), judge._state)
+    monkeypatch.setattr(judge, "_state", broken)
+    with pytest.raises(ValueError, match="the answers about pair 'p0' are not numbers in float32; check the weights"):
+        judge.select(tiny_pairs(), k=3)
 
 
 def test_programs_are_compiled_for_shapes_alone(judge, folder, one_device):

@@ -104,8 +104,8 @@ class Judge:
         """What ``adaptrm.select`` makes of the scores, in the program that scores: only rules and margins leave it.
 
         Raises:
-            ValueError: an argument is wrong, or the template is not ``conversation-first``, whose trees hold all
-                rules of a pair.
+            ValueError: an argument is wrong, the template is not ``conversation-first``, whose trees hold all rules of
+                a pair, or the judge's answers are not numbers (names the pair).
         """
         if self._template != "conversation-first":
             raise ValueError(f"select needs the template 'conversation-first'; this judge has {self._template!r}")
@@ -119,9 +119,13 @@ class Judge:
             strategy=strategy,
             k=k,
         )
-        chosen, margin = over_rows((*asked.packed.arrays, slots, numbers), self.mesh, program)
+        found = over_rows((*asked.packed.arrays, slots, numbers), self.mesh, program)
         order = np.argsort(numbers[numbers >= 0])
-        return Selection.of(chosen[numbers >= 0][order], margin[numbers >= 0][order])
+        chosen, margin, good = (x[numbers >= 0][order] for x in found)
+        if not good.all():
+            name = asked.ids[int(np.argmin(good))]
+            raise ValueError(f"the answers about pair {name!r} are not numbers in {self.dtype}; check the weights")
+        return Selection.of(chosen, margin)
 
     def ask(self, pairs: Sequence[Pair], rules: Int[np.ndarray, "pairs k"] | None = None) -> "Asked":
         """The questions about some pairs, packed: what the host does, no device takes part.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from adaptrm.models.heads import answer_log_probabilities, at_leaves
 from adaptrm.selection.sharded import select_sharded
@@ -49,7 +49,7 @@ def decide_leaves(
     *,
     strategy: str,
     k: int,
-) -> tuple[Int32[Array, "rows pairs k"], Float32[Array, "rows pairs"]]:
+) -> tuple[Int32[Array, "rows pairs k"], Float32[Array, "rows pairs"], Bool[Array, "rows pairs"]]:
     """The selected rules and margins of the pairs in packed rows, on the mesh of ``jax.set_mesh``.
 
     Nothing else leaves the devices. The rules are split over the tensor axis once they are scores.
@@ -57,6 +57,9 @@ def decide_leaves(
     Args:
         slots: the leaf of each pair's response and rule, among the leaves of its row.
         numbers: of each pair in the whole set.
+
+    Returns:
+        Rules, margins, and whether the answers of the pair are numbers: if not, the others mean nothing.
     """
     log_p = answer_leaves(definition, answers, dtype, state, tokens, positions, subtree_end, leaves)
     rows, pairs, sides, rules = slots.shape
@@ -66,7 +69,8 @@ def decide_leaves(
     chosen, margin = select_sharded(
         *scores, discrepancy_weight, fixed, seed, numbers.reshape(-1), strategy=strategy, k=k
     )
-    return chosen.reshape(rows, pairs, k), margin.reshape(rows, pairs)
+    good = jnp.logical_not(jnp.isnan(asked)).reshape(rows, pairs, -1).all(axis=-1)
+    return chosen.reshape(rows, pairs, k), margin.reshape(rows, pairs), good
 
 
 def scores_of(
