@@ -27,8 +27,11 @@ from adaptrm.attention.xla import ATTENTION, MASKED, _end_blocks, _pad
 
 BLOCK = 128  # tokens in a block: the lanes of a register, and as small as branches ask for
 # Bytes of the queries in one step of the grid, all its heads together: enough work to hide what a step costs, little
-# enough that float32 logits and sums fit into 16 MiB beside them.
+# enough that float32 logits and sums fit into MEMORY beside them. XLA allows a kernel 16 MiB unless it asks for more;
+# every TPU since v5e has at least 64.
 QUERIES = 2**19
+MEMORY = 2**25
+AHEAD = 2  # heads
 MOST_PAIRS = 2**17  # of blocks, in a list of 512 KiB in scalar memory
 END = np.int32(2**31 - 1)  # behind the last pair
 
@@ -43,7 +46,7 @@ def unsupported(q: Float[Array, "batch tokens heads dim"], k: Float[Array, "batc
         return f"it takes bfloat16 or float32, not {q.dtype} queries with {k.dtype} keys"
     if dim > 256:
         return f"heads of {dim} numbers are larger than 256"
-    if group * BLOCK * dim * q.dtype.itemsize > 2 * QUERIES:
+    if group * _bytes(q, BLOCK) > 2 * QUERIES:
         return f"{group} query heads of {dim} {q.dtype} numbers to a key head do not fit into its memory"
     if batch * blocks * (blocks + 1) // 2 > MOST_PAIRS:
         return f"{batch} rows of {tokens} tokens have more pairs of blocks than its scalar memory holds"
@@ -127,6 +130,19 @@ def _with_bias(pairs_ref, end_ref, queries_first: bool, group: int, compute) -> 
         compute(0.0)
 
 
+def _for_each_head(heads: int, begin, use) -> None:
+    """``use(head, begin(head))`` for the kv heads of a step; what begins are products, which the softmax waits for.
+
+    They begin ``AHEAD`` heads early, so that matrix and vector units work side by side: a third fewer cycles in the
+    schedules of the compiler.
+    """
+    begun = [begin(head) for head in range(min(AHEAD, heads))]
+    for head in range(heads):
+        if head + AHEAD < heads:
+            begun.append(begin(head + AHEAD))
+        use(head, begun.pop(0))
+
+
 def _product(x, y, contract: tuple[int, int]) -> Array:
     """Of two matrices, summed in float32 over the given axis of each."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -147,16 +163,17 @@ def _attended_kernel(pairs_ref, end_ref, q_ref, k_ref, v_ref, out_ref, log_total
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def add(bias_SX):
-        for head in range(heads):
-            logits_SX = _logits(q_ref[head].reshape(-1, dim), k_ref[head], bias_SX)
+        def attend(head, logits_SX):
             # What a query without a visible key so far adds is multiplied by 0 when its first visible key comes.
             top_1X = jnp.maximum(top_ref[head], logits_SX.max(axis=0, keepdims=True))
             weights_SX = jnp.exp(logits_SX - top_1X)
             shrink_1X = jnp.exp(top_ref[head] - top_1X)
             top_ref[head] = top_1X
             total_ref[head] = total_ref[head] * shrink_1X + weights_SX.sum(axis=0, keepdims=True)
-            v_SH = v_ref[head]
-            sum_ref[head] = sum_ref[head] * shrink_1X + _product(v_SH, weights_SX.astype(v_SH.dtype), (0, 0))
+            add_HX = _product(v_ref[head], weights_SX.astype(v_ref.dtype), (0, 0))
+            sum_ref[head] = sum_ref[head] * shrink_1X + add_HX
+
+        _for_each_head(heads, lambda head: _logits(q_ref[head].reshape(-1, dim), k_ref[head], bias_SX), attend)
 
     def end():
         for head in range(heads):
@@ -169,11 +186,23 @@ def _attended_kernel(pairs_ref, end_ref, q_ref, k_ref, v_ref, out_ref, log_total
     _at_the_last_pair(pairs_ref, end)
 
 
-def _softmax_and_gradient(q_XH, k_SH, v_SH, grad_XH, log_total_1X, delta_1X, bias_SX):
-    """Weights of a pair of blocks, and the gradient of the logits before they were scaled (Dao et al., appendix B)."""
-    weights_SX = jnp.exp(_logits(q_XH, k_SH, bias_SX) - log_total_1X)
-    dlogits_SX = weights_SX * (_product(v_SH, grad_XH, (1, 1)) - delta_1X)
-    return weights_SX.astype(q_XH.dtype), dlogits_SX.astype(q_XH.dtype)
+def _for_each_softmax(q_ref, k_ref, v_ref, grad_ref, log_total_ref, delta_ref, bias_SX, use) -> None:
+    """``use(head, q, grad, weights, dlogits)`` for the kv heads of a step.
+
+    ``dlogits`` is the gradient of the logits before they were scaled (Dao et al., appendix B).
+    """
+
+    def begin(head):
+        q_XH, grad_XH = (ref[head].reshape(-1, ref.shape[-1]) for ref in (q_ref, grad_ref))
+        return q_XH, grad_XH, _logits(q_XH, k_ref[head], bias_SX), _product(v_ref[head], grad_XH, (1, 1))
+
+    def softmax(head, begun):
+        q_XH, grad_XH, logits_SX, dweights_SX = begun
+        weights_SX = jnp.exp(logits_SX - log_total_ref[head])
+        dlogits_SX = weights_SX * (dweights_SX - delta_ref[head])
+        use(head, q_XH, grad_XH, weights_SX.astype(q_XH.dtype), dlogits_SX.astype(q_XH.dtype))
+
+    _for_each_head(q_ref.shape[0], begin, softmax)
 
 
 def _dq_kernel(pairs_ref, end_ref, q_ref, k_ref, v_ref, grad_ref, log_total_ref, delta_ref, dq_ref, sum_ref):
@@ -183,11 +212,10 @@ def _dq_kernel(pairs_ref, end_ref, q_ref, k_ref, v_ref, grad_ref, log_total_ref,
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def add(bias_SX):
-        for head in range(heads):
-            q_XH, grad_XH = q_ref[head].reshape(-1, dim), grad_ref[head].reshape(-1, dim)
-            keys = k_ref[head], v_ref[head]
-            _, dlogits_SX = _softmax_and_gradient(q_XH, *keys, grad_XH, log_total_ref[head], delta_ref[head], bias_SX)
-            sum_ref[head] += _product(keys[0], dlogits_SX, (0, 0))
+        def use(head, _q, _grad, _weights, dlogits_SX):
+            sum_ref[head] += _product(k_ref[head], dlogits_SX, (0, 0))
+
+        _for_each_softmax(q_ref, k_ref, v_ref, grad_ref, log_total_ref, delta_ref, bias_SX, use)
 
     def end():
         for head in range(heads):
@@ -202,29 +230,29 @@ def _dq_kernel(pairs_ref, end_ref, q_ref, k_ref, v_ref, grad_ref, log_total_ref,
 def _dkv_kernel(
     pairs_ref, end_ref, q_ref, k_ref, v_ref, grad_ref, log_total_ref, delta_ref, dk_ref, dv_ref, dk_sum_ref, dv_sum_ref
 ):
-    heads, group, _, dim = q_ref.shape
-
     def begin():
         dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
         dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
     def add(bias_SX):
-        for head in range(heads):
-            q_XH, grad_XH = q_ref[head].reshape(-1, dim), grad_ref[head].reshape(-1, dim)
-            keys = k_ref[head], v_ref[head]
-            weights_SX, dlogits_SX = _softmax_and_gradient(
-                q_XH, *keys, grad_XH, log_total_ref[head], delta_ref[head], bias_SX
-            )
+        def use(head, q_XH, grad_XH, weights_SX, dlogits_SX):
             dk_sum_ref[head] += _product(dlogits_SX, q_XH, (1, 0))
             dv_sum_ref[head] += _product(weights_SX, grad_XH, (1, 0))
 
+        _for_each_softmax(q_ref, k_ref, v_ref, grad_ref, log_total_ref, delta_ref, bias_SX, use)
+
     def end():
-        dk_ref[...] = (dk_sum_ref[...] * dim**-0.5).astype(dk_ref.dtype)
+        dk_ref[...] = (dk_sum_ref[...] * q_ref.shape[-1] ** -0.5).astype(dk_ref.dtype)
         dv_ref[...] = dv_sum_ref[...].astype(dv_ref.dtype)
 
     _at_the_first_pair(pairs_ref, begin)
-    _with_bias(pairs_ref, end_ref, False, group, add)
+    _with_bias(pairs_ref, end_ref, False, q_ref.shape[1], add)
     _at_the_last_pair(pairs_ref, end)
+
+
+def _bytes(q: Array, block: int) -> int:
+    """That the queries of one head and block take in memory: registers have 128 lanes."""
+    return block * max(q.shape[-1], 128) * q.dtype.itemsize
 
 
 def _call(kernel, pairs_P, number, queries_first: bool, inputs, kinds: str, outputs, scratch, block, interpret):
@@ -236,7 +264,7 @@ def _call(kernel, pairs_P, number, queries_first: bool, inputs, kinds: str, outp
         scratch: shapes of float32 numbers a kv head.
     """
     kv_heads, group, _, dim = inputs[1].shape
-    fit = QUERIES // (group * block * dim * inputs[1].dtype.itemsize)
+    fit = QUERIES // (group * _bytes(inputs[1], block))
     heads = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(fit, 1))
     query, key = (_first, _second) if queries_first else (_second, _first)
     specs = {
@@ -245,7 +273,7 @@ def _call(kernel, pairs_P, number, queries_first: bool, inputs, kinds: str, outp
         "R": pl.BlockSpec((heads, None, 1, group * block), lambda h, i, pairs: (h, query(pairs, i), 0, 0)),
         "E": pl.BlockSpec((1, block), lambda h, i, pairs: (0, key(pairs, i))),
     }
-    found = pl.pallas_call(
+    run = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -255,10 +283,11 @@ def _call(kernel, pairs_P, number, queries_first: bool, inputs, kinds: str, outp
             scratch_shapes=[pltpu.VMEM((heads, *shape), jnp.float32) for shape in scratch],
         ),
         out_shape=outputs,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY),
         interpret=interpret,
+        name=kernel.__name__.strip("_"),
     )
-    return found(pairs_P, *inputs)
+    return run(pairs_P, *inputs)
 
 
 def _queries(x_BTMH: Array, kv_heads: int, block: int) -> Float[Array, "kv_heads group tokens dim"]:
