@@ -9,6 +9,7 @@ sixteen pairs. Elsewhere ``lax.top_k`` does it.
 import math
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
@@ -21,6 +22,9 @@ TILE = PARTS * SIDE
 BLOCK = 32
 # Beyond these, networks cost more to compile or to run than they save.
 MOST_RULES_SELECTED, MOST_CANDIDATES = 6, 64
+# The XLA of later versions does not come to an end with the second network of several blocks.
+if jax.__version_info__ >= (0, 11):
+    MOST_CANDIDATES = MOST_RULES_SELECTED
 
 
 def selection_score(
