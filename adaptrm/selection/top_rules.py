@@ -9,22 +9,18 @@ sixteen pairs. Elsewhere ``lax.top_k`` does it.
 import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
 # Pairs of a tile, as parts that threads share and the pairs of a part, which lie side by side.
-PARTS, SIDE = 8, 64
+PARTS, SIDE = 8, 128
 TILE = PARTS * SIDE
 # Rules of a network: positions in it take 5 bits, so that six slots leave it as one array. XLA for CPUs has no fusions
 # of several results, and would run the whole network anew for each.
 BLOCK = 32
 # Beyond these, networks cost more to compile or to run than they save.
 MOST_RULES_SELECTED, MOST_CANDIDATES = 6, 64
-# The XLA of later versions does not come to an end with the second network of several blocks.
-if jax.__version_info__ >= (0, 11):
-    MOST_CANDIDATES = MOST_RULES_SELECTED
 
 
 def selection_score(
@@ -120,35 +116,38 @@ def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checke
             return [jnp.where(wrong, -1, words[0]), *words[1:]]
 
         words = lax.map(of_block, jnp.arange(blocks))
+        good = words[0].min(axis=0) >= 0 if checked else None
         if blocks == 1:
-            return words, ()
-        candidates = []
-        for number in range(blocks):
-            for slot in range(kept):
-                rule = packing.unpack([word[number] for word in words], slot) + number * size
-                found = jnp.take_along_axis(score, rule[:, None], axis=1, mode="promise_in_bounds")
-                candidates.append(found[:, 0])
-        return words, merging.pack(_best(candidates, k))
+            return jnp.stack([packing.unpack([word[0] for word in words], slot) for slot in range(k)]), good
+
+        def of_candidates(number):
+            block = lax.dynamic_slice_in_dim(score, number * size, size, axis=1)
+            here = [word[number] for word in words]
+            return jnp.stack([_pick(block, packing.unpack(here, slot)) for slot in range(kept)], axis=1)
+
+        found = lax.map(of_candidates, jnp.arange(blocks))
+        candidates = [found[number, :, slot] for number in range(blocks) for slot in range(kept)]
+        merged = merging.pack(_best(candidates, k))
+
+        def of_slot(slot):
+            candidate = merging.unpack(merged, slot)
+            number, place = candidate // kept, candidate % kept
+            own = [sum(jnp.where(number == i, word[i], 0) for i in range(blocks)) for word in words]
+            return number * size + packing.unpack(own, place)
+
+        return lax.map(of_slot, jnp.arange(k)), good
 
     # The last tile begins where it ends with the pairs, over some that the tile before has done.
     tiles = -(-pairs // TILE)
-    of_blocks, merged = lax.map(of_tile, jnp.minimum(jnp.arange(tiles) * TILE, pairs - TILE))
+    chosen, good = lax.map(of_tile, jnp.minimum(jnp.arange(tiles) * TILE, pairs - TILE))
     done = (tiles - 1) * TILE
 
-    def in_rows(x):
-        """``[tiles, blocks or none, parts, side]`` to ``[blocks or none, pairs]``."""
-        x = jnp.moveaxis(x.reshape(*x.shape[:-2], TILE), 0, -2)
-        head = x[..., :-1, :].reshape(*x.shape[:-2], done)
-        return jnp.concatenate([head, x[..., -1, TILE - (pairs - done) :]], axis=-1)
+    def of_pairs(x):
+        """``[tiles, pairs of a tile, ...]`` to ``[pairs, ...]``."""
+        return jnp.concatenate([x[:-1].reshape(done, *x.shape[2:]), x[-1, TILE - (pairs - done) :]])
 
-    of_blocks, merged = ([in_rows(x) for x in words] for words in (of_blocks, merged))
-    chosen = []
-    for slot in range(k):
-        candidate = merging.unpack(merged, slot) if blocks > 1 else jnp.full(pairs, slot)
-        number, place = candidate // kept, candidate % kept
-        words = [sum(jnp.where(number == i, word[i], 0) for i in range(blocks)) for word in of_blocks]
-        chosen.append(number * size + packing.unpack(words, place))
-    return jnp.stack(chosen, axis=1), jnp.all(of_blocks[0] >= 0, axis=0) if checked else None
+    chosen = of_pairs(chosen.reshape(tiles, k, TILE).swapaxes(1, 2))
+    return chosen, of_pairs(good.reshape(tiles, TILE)) if checked else None
 
 
 def _best(scores: list[Float32[Array, "*shape"]], k: int) -> list[Int32[Array, "*shape"]]:
@@ -167,6 +166,14 @@ def _best(scores: list[Float32[Array, "*shape"]], k: int) -> list[Int32[Array, "
             moved.append(_select(larger[slot - 1], best[slot - 1], entry) if slot else entry)
         best = moved
     return [position for _, position in best]
+
+
+def _pick(block: Float32[Array, "parts rules side"], rule: Int32[Array, "parts side"]) -> Float32[Array, "parts side"]:
+    """The score of each pair's rule: to compare with all rules is faster here than to gather."""
+    picked = block[:, 0]
+    for i in range(1, block.shape[1]):
+        picked = jnp.where(rule == i, block[:, i], picked)
+    return picked
 
 
 def _select(condition, one: tuple, other: tuple) -> tuple:
