@@ -69,7 +69,7 @@ def label(job: LabelJob) -> dict[str, Any]:
         # Rows that were skipped when the pairs were scored are skipped again; score listed them.
         bad = BadRows(manifest.get("on_bad_row", "fail"), listed=False)
         lenient = bad.on_bad_row == "skip" and manifest.get("truncate_to") is not None  # some could not be cut so far
-        stream, row = read_pairs(source, bad), 0
+        stream, row = read_pairs(source, bad, ids_checked=bad.on_bad_row == "fail"), 0
         for scores in read_batches(job.scores):
             try:
                 chosen = select(

@@ -14,7 +14,7 @@ from refusals import refused
 
 from adaptrm import paths
 from adaptrm.data.labels import LabelIndex, read_labels, read_rule_labels
-from adaptrm.data.preferences import Pair
+from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.data.scores import COLUMNS, Scores, part_name, read_batches, read_parts, write_manifest, write_part
 from adaptrm.data.seen import Seen
 from adaptrm.label import LabelJob, label
@@ -36,6 +36,13 @@ LABELLED = [
 def write_lines(file, rows) -> str:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
+
+
+def test_where_ids_were_checked_none_stays_in_memory(tmp_path):
+    row = {"prompt": "Hi", "response_a": "A", "response_b": "B", "id": "p"}
+    file = write_lines(tmp_path / "pairs.jsonl", [row, row])
+    assert "repeated" in refused(lambda: list(read_pairs(file)))
+    assert [pair.id for pair in read_pairs(file, ids_checked=True)] == ["p", "p"]
 
 
 def made_scores(ids=("p0", "p1", "p2", "p3")) -> Scores:

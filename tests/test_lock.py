@@ -58,14 +58,23 @@ def test_a_dead_holder_is_followed_and_one_that_wakes_up_stops(monkeypatch, caps
     store = new_folder("memory")
     monkeypatch.setattr(lock, "LEASE", 1.2)
     paths.write_bytes(paths.join(store, ".lock"), lock._sign("somebody", 7))
-    start = time.monotonic()
-    with pytest.raises(InputError, match="another run took this folder over"), hold(store):
-        assert time.monotonic() - start > lock.LEASE
-        assert "waiting up to 1 s for a sign of its life" in capsys.readouterr().err
-        taken = lock._sign("a third", 0)
-        while True:  # a sign of our own may come between
+    start, taken, ended = time.monotonic(), lock._sign("a third", 0), threading.Event()
+
+    def take() -> None:  # again and again: a sign of the holder's own may come between
+        while not ended.wait(0.01):
             paths.write_bytes(paths.join(store, ".lock"), taken)
-            time.sleep(0.01)
+
+    third = threading.Thread(target=take)
+    try:
+        with pytest.raises(InputError, match="another run took this folder over"), hold(store):
+            assert time.monotonic() - start > lock.LEASE
+            assert "waiting up to 1 s for a sign of its life" in capsys.readouterr().err
+            third.start()
+            while True:
+                time.sleep(0.01)
+    finally:
+        ended.set()
+        third.join()
     assert paths.read_bytes(paths.join(store, ".lock")) == taken  # the lock of the third stays
 
 

@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "kv-heads": 4,
         "intermediate": 1408,
         "vocab": 8000,
-        "conversations": 8,
+        "conversations": 4,
         "prompt": 512,
         "rules": 100,
         "rule-tokens": 24,

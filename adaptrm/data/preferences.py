@@ -84,7 +84,10 @@ def load_pairs(source: Source, on_bad_row: OnBadRow = "fail") -> list[Pair]:
 
 
 def read_pairs(
-    source: Source, bad: BadRows | None = None, adapt: Callable[[Pair, str], Pair] | None = None
+    source: Source,
+    bad: BadRows | None = None,
+    adapt: Callable[[Pair, str], Pair] | None = None,
+    ids_checked: bool = False,
 ) -> Iterator[Pair]:
     """Stream pairs; of each only a hash of its id stays in memory.
 
@@ -93,13 +96,14 @@ def read_pairs(
     Args:
         bad: what becomes of bad rows; None raises.
         adapt: each pair and where it stands to the pair that is used; may raise InputError.
+        ids_checked: someone has looked for repeated ids before: nothing stays in memory, what is repeated comes again.
     """
 
     def of_row(row: Row, at: str) -> list[Pair]:
         pairs = list(pairs_of_row(row, at))
         return [adapt(pair, at) for pair in pairs] if adapt else pairs
 
-    yield from _read(source, bad or BadRows(), of_row)
+    yield from _read(source, bad or BadRows(), of_row, ids_checked)
 
 
 def read_sets(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSet]:
@@ -107,7 +111,7 @@ def read_sets(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSe
     yield from _read(source, bad or BadRows(), lambda row, at: [set_of_row(row, at)])
 
 
-def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list]) -> Iterator:
+def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list], ids_checked: bool = False) -> Iterator:
     name = str(source) if isinstance(source, str | os.PathLike) else "pairs"
     seen = Seen()
     first = None
@@ -117,7 +121,7 @@ def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list]) -> I
             found, form = of_row(row, at), form_of(row, at)
             if form != (first or form):
                 raise InputError(f"{at}: gives {form}; the rows before give {first}: mend it, or make two files")
-            keys = {hash_id(one.id) for one in found}
+            keys = set() if ids_checked else {hash_id(one.id) for one in found}
             if any(key in seen for key in keys):
                 raise InputError(f"{at}: the id {found[0].id!r} is repeated; ids must be unique")
         except InputError as wrong:
