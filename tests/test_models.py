@@ -19,7 +19,7 @@ from adaptrm.hf.load import abstract_model
 from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.config import FAMILIES
 from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
-from adaptrm.models.layers import rotary_angles
+from adaptrm.models.layers import rotations
 from adaptrm.prefix_tree import Node, PackedRows, PrefixTree, best_fit, pack_rows
 from adaptrm.train.optimizer import decays
 
@@ -171,8 +171,8 @@ VARIANTS = {
 
 
 @partial(jax.jit, static_argnums=(0,))
-def one_layer(definition, weights, x, angles, subtree_end):
-    return nnx.merge(definition, weights)(x, angles, subtree_end)
+def one_layer(definition, weights, x, turned, subtree_end):
+    return nnx.merge(definition, weights)(x, turned, subtree_end)
 
 
 def layer_by_layer(definition, state, tokens, positions, subtree_end):
@@ -181,10 +181,10 @@ def layer_by_layer(definition, state, tokens, positions, subtree_end):
     decoder = model.model
     layer, stacked = nnx.split(decoder.layers)
     states = [decoder.embed_tokens.weight[...][tokens]]
-    angles = rotary_angles(decoder.config, positions)
+    turned = rotations(decoder.config, positions)
     for i in range(decoder.config.num_hidden_layers):
         own = jax.tree.map(lambda w, i=i: w[i], stacked)
-        states.append(one_layer(layer, own, states[-1], angles, subtree_end))
+        states.append(one_layer(layer, own, states[-1], turned, subtree_end))
     hidden = decoder.norm(states.pop())
     return states, hidden, jnp.einsum("btd,vd->btv", hidden, model.unembedding)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from adaptrm.attention import ATTENTION
 from adaptrm.models.config import ModelConfig
-from adaptrm.models.layers import Layer, RMSNorm, Weight, rotary_angles
+from adaptrm.models.layers import Layer, RMSNorm, Weight, rotations
 from adaptrm.parallel.sharding import constrain
 
 Remat = Literal["layer", "attention", "dots", "none"]
@@ -48,11 +48,11 @@ class Decoder(nnx.Module):
             remat: what is kept for the backward pass: the input of each layer, its attention, its matrix products, all.
         """
         x = constrain(self.embed_tokens.weight[...][tokens].astype(dtype), "rows", "tokens", "hidden")
-        angles = rotary_angles(self.config, positions)
+        turned = rotations(self.config, positions)
         definition, weights = nnx.split(self.layers)
 
         def layer(x, layer_weights):
-            return nnx.merge(definition, layer_weights)(x, angles, subtree_end), None
+            return nnx.merge(definition, layer_weights)(x, turned, subtree_end), None
 
         body = layer if remat == "none" else jax.checkpoint(layer, policy=SAVED[remat])
         x, _ = jax.lax.scan(body, x, weights)

@@ -114,22 +114,26 @@ class RMSNorm(Weight):
         return wide.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 
-def rotary_angles(
+def rotations(
     config: ModelConfig, positions: Int32[Array, "batch tokens"]
-) -> Float[Array, "batch tokens half_head_dim"]:
-    """Angles of rotary embeddings (Su et al. 2021), with Llama 3.1's scaling where the config asks for it."""
+) -> tuple[Float[Array, "batch tokens half_head_dim"], Float[Array, "batch tokens half_head_dim"]]:
+    """Cosines and sines of rotary embeddings (Su et al. 2021), with Llama 3.1's scaling where the config asks for it.
+
+    Found once for all layers: within a layer XLA finds them anew for every head, which took a CPU longer than norms.
+    """
     frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     if (scaling := config.rope_scaling) is not None:
         turns = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)
         keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         keep = jnp.clip(keep, 0.0, 1.0)
         frequency = frequency * (keep + (1 - keep) / scaling.factor)
-    return positions.astype(jnp.float32)[..., None] * frequency
+    angles = positions.astype(jnp.float32)[..., None] * frequency
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BTNH: Array, angles_BTh: Array) -> Array:
+def rotate(x_BTNH: Array, rotations_BTh: tuple[Array, Array]) -> Array:
     """Rotate the two halves of each head, in float32."""
-    cos, sin = jnp.cos(angles_BTh)[:, :, None], jnp.sin(angles_BTh)[:, :, None]
+    cos, sin = (x[:, :, None] for x in rotations_BTh)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
 
@@ -185,13 +189,13 @@ class Attention(nnx.Module):
             values, out = self.v_proj.weight.get_value().transpose(0, 3, 1, 2), self.o_proj.weight.get_value()
             self.o_proj.weight.set_value(MIMETIC * values + (1 - MIMETIC**2) ** 0.5 * out)
 
-    def __call__(self, x_BTD: Array, angles_BTh: Array, subtree_end_BT: Array) -> Array:
+    def __call__(self, x_BTD: Array, rotations_BTh: tuple[Array, Array], subtree_end_BT: Array) -> Array:
         q = self.q_proj.project("btd,nhd->btnh", x_BTD)
         k = self.k_proj.project("btd,khd->btkh", x_BTD)
         v = self.v_proj.project("btd,khd->btkh", x_BTD)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, angles_BTh), rotate(k, angles_BTh)
+        q, k = rotate(q, rotations_BTh), rotate(k, rotations_BTh)
         return self.o_proj.project("btnh,dnh->btd", sharded_attention(q, k, v, subtree_end_BT))
 
 
@@ -232,6 +236,6 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(*norm)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTD: Array, angles_BTh: Array, subtree_end_BT: Array) -> Array:
-        h = x_BTD + self.self_attn(self.input_layernorm(x_BTD), angles_BTh, subtree_end_BT)
+    def __call__(self, x_BTD: Array, rotations_BTh: tuple[Array, Array], subtree_end_BT: Array) -> Array:
+        h = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotations_BTh, subtree_end_BT)
         return constrain(h + self.mlp(self.post_attention_layernorm(h)), "rows", "tokens", "hidden")
