@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from adaptrm.attention import gpu_kernels
 from adaptrm.attention.gpu_kernels import KEYS, QUERIES
-from adaptrm.attention.xla import ATTENTION
+from adaptrm.attention.xla import ATTENTION, end_blocks, pad_tokens
 
 HEAD_DIMS = (64, 128)  # larger ones do not fit shared memory, others not a tile of 128 bytes
 HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
@@ -59,11 +59,8 @@ def tree_attention(
             copies, barriers and masks. The matrix instructions it does not know become plain products.
     """
     tokens = q.shape[1]
-    fill = -tokens % KEYS
-    index = jnp.arange(tokens + fill, dtype=jnp.int32)
-    # What fills up the last block sees itself alone, so that every query has a visible key.
-    end = jnp.where(index < tokens, jnp.pad(subtree_end, ((0, 0), (0, fill))), index + 1)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q, k, v))
+    end = end_blocks(subtree_end, KEYS).reshape(len(q), -1)
+    q, k, v = (pad_tokens(x, KEYS) for x in (q, k, v))
     return _attend(q, k, v, end, interpret)[:, :tokens]
 
 

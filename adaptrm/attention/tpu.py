@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from adaptrm.attention.dispatch import platform
-from adaptrm.attention.xla import ATTENTION, MASKED, _end_blocks, _pad
+from adaptrm.attention.xla import ATTENTION, MASKED, end_blocks, pad_tokens
 
 BLOCK = 128  # tokens in a block: the lanes of a register, and as small as branches ask for
 # Bytes of the queries in one step of the grid, all its heads together: enough work to hide what a step costs, little
@@ -292,12 +292,12 @@ def _call(kernel, pairs_P, number, queries_first: bool, inputs, kinds: str, outp
 
 def _queries(x_BTMH: Array, kv_heads: int, block: int) -> Float[Array, "kv_heads group tokens dim"]:
     """All rows one behind the other; the query heads of a kv head stand side by side."""
-    x_BTMH = _pad(x_BTMH, block)
+    x_BTMH = pad_tokens(x_BTMH, block)
     return x_BTMH.reshape(-1, kv_heads, x_BTMH.shape[2] // kv_heads, x_BTMH.shape[3]).transpose(1, 2, 0, 3)
 
 
 def _keys(x_BTKH: Array, block: int) -> Float[Array, "kv_heads tokens dim"]:
-    x_BTKH = _pad(x_BTKH, block)
+    x_BTKH = pad_tokens(x_BTKH, block)
     return x_BTKH.reshape(-1, *x_BTKH.shape[2:]).transpose(1, 0, 2)
 
 
@@ -309,7 +309,7 @@ def _rows(x_KGTH: Array, shape: tuple[int, ...]) -> Float[Array, "batch tokens h
 
 def _ends_and_pairs(end_BT: Array, block: int) -> tuple[Array, tuple[Array, Array, Array]]:
     """``subtree_end`` [1, T] where all rows are one, and what ``_visible_pairs`` gives."""
-    end_BNS = _end_blocks(end_BT, block)
+    end_BNS = end_blocks(end_BT, block)
     start_B = jnp.arange(len(end_BNS), dtype=jnp.int32) * (end_BNS.shape[1] * block)
     return (end_BNS + start_B[:, None, None]).reshape(1, -1), _visible_pairs(end_BNS)
 

@@ -47,14 +47,14 @@ def _compiled(function, block: int | None, *arrays):
     return lax.platform_dependent(*arrays, **choices)
 
 
-def _pad(x_BT: Array, block: int) -> Array:
+def pad_tokens(x_BT: Array, block: int) -> Array:
     """Rows filled up to whole blocks, with zeros after the tokens."""
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % block), *[(0, 0)] * (x_BT.ndim - 2)))
 
 
 def _blocks(x_BTMH: Array, kv_heads: int, block: int) -> Float[Array, "items blocks group_size dim"]:
     """The query heads of a kv head stand side by side, so that one product serves them all."""
-    x_BTMH = _pad(x_BTMH, block)
+    x_BTMH = pad_tokens(x_BTMH, block)
     batch, tokens, _, dim = x_BTMH.shape
     x_BNSKGH = x_BTMH.reshape(batch, tokens // block, block, kv_heads, -1, dim)
     return x_BNSKGH.transpose(0, 3, 1, 4, 2, 5).reshape(batch * kv_heads, tokens // block, -1, dim)
@@ -68,16 +68,16 @@ def _tokens(x_INXH: Array, shape: tuple[int, ...], block: int) -> Float[Array, "
     return x_BKNGSH.transpose(0, 2, 4, 1, 3, 5).reshape(batch, count * block, -1, dim)[:, :tokens]
 
 
-def _end_blocks(subtree_end_BT: Array, block: int) -> Int32[Array, "batch blocks size"]:
+def end_blocks(subtree_end_BT: Array, block: int) -> Int32[Array, "batch blocks size"]:
     """Padding sees itself alone, so that every query has a visible key."""
     batch, tokens = subtree_end_BT.shape
     index = jnp.arange(tokens + -tokens % block, dtype=jnp.int32)
-    return jnp.where(index < tokens, _pad(subtree_end_BT, block), index + 1).reshape(batch, -1, block)
+    return jnp.where(index < tokens, pad_tokens(subtree_end_BT, block), index + 1).reshape(batch, -1, block)
 
 
 def _visible(subtree_end_BT: Array, kv_heads: int, block: int) -> tuple[Array, Array, Array]:
     """Of each item the ends of each block's subtrees, and what ``_visible_blocks`` says."""
-    end_BNS = _end_blocks(subtree_end_BT, block)
+    end_BNS = end_blocks(subtree_end_BT, block)
     return tuple(jnp.repeat(x, kv_heads, axis=0) for x in (end_BNS, *jax.vmap(_visible_blocks)(end_BNS)))
 
 

@@ -139,13 +139,14 @@ def score(job: ScoreJob) -> dict[str, Any]:
                     scores = _score_part(job, source, pool, part, pairs, questions, done)
                     mass = np.stack([scores.label_mass_a, scores.label_mass_b])
                     of_pairs = mass.mean(axis=(0, 2)) < LOW_MASS
-                    flagged += [pair.id for pair, low in zip(pairs, of_pairs, strict=True) if low][:FLAGGED]
+                    named = [pair.id for pair, low in zip(pairs, of_pairs, strict=True) if low]
+                    flagged = (flagged + named)[:FLAGGED]
                     special = source.special_strings(pairs) if isinstance(source, Judge) else 0
                     counts = (mass < LOW_MASS).sum(), of_pairs.sum(), special
                     told[part] = float(mass.mean()), len(pairs), *counts
                 shown.advance(len(pairs))
         told = gathered(told).sum(axis=0)
-        flagged = [name for of_one in exchanged(flagged[:FLAGGED]) for name in of_one][:FLAGGED]
+        flagged = [name for of_one in exchanged(flagged) for name in of_one][:FLAGGED]
     masses, of_pairs, low, low_pairs, special = told.T.tolist()
     return {
         "scores": str(job.out),
