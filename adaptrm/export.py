@@ -14,7 +14,7 @@ from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import conversation_tree
 from adaptrm.hf import load_weights, open_folder
 from adaptrm.models import CausalLM, SequenceClassifier
-from adaptrm.models.heads import at_leaves, label_logits
+from adaptrm.models.heads import label_logits
 from adaptrm.parallel import make_mesh, read_leaves
 from adaptrm.parallel.distributed import wait_for_all
 from adaptrm.train.save import save_model
@@ -81,7 +81,7 @@ def probe(definition, params, chat: ChatTokenizer, pad_id: int | None, mesh) -> 
     @jax.jit
     def program(params, tokens, positions, subtree_end, leaves):
         model = nnx.merge(definition, params)
-        hidden = at_leaves(model.model(tokens, positions, subtree_end, jnp.float32), leaves)
+        hidden = model.model.at_leaves(tokens, positions, subtree_end, leaves)
         if isinstance(model, SequenceClassifier):
             return label_logits(hidden, model.score.weight[...])
         return jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", hidden, model.unembedding), axis=-1)

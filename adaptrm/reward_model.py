@@ -21,7 +21,7 @@ from adaptrm.errors import InputError
 from adaptrm.hf.folder import listed, open_folder
 from adaptrm.hf.load import load_weights
 from adaptrm.models import SequenceClassifier
-from adaptrm.models.heads import at_leaves, label_logits
+from adaptrm.models.heads import label_logits
 from adaptrm.parallel import local_mesh, read_leaves
 from adaptrm.prefix_tree import PrefixTree
 from adaptrm.train.save import save_model
@@ -106,5 +106,5 @@ class RewardModel:
 @partial(jax.jit, static_argnums=(0, 1))
 def _rewards(definition, dtype, params, tokens, positions, subtree_end, leaves):
     model = nnx.merge(definition, params)
-    hidden = model.model(tokens, positions, subtree_end, jnp.dtype(dtype))
-    return label_logits(at_leaves(hidden, leaves), model.score.weight[...])[..., 0]
+    hidden = model.model.at_leaves(tokens, positions, subtree_end, leaves, jnp.dtype(dtype))
+    return label_logits(hidden, model.score.weight[...])[..., 0]

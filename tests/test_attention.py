@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numerics import assert_equal_to
 from trees import deep, fan, flatten, nodes, pack
 
-from adaptrm.attention import reference, tpu, xla
+from adaptrm.attention import leaves, reference, tpu, xla
 from adaptrm.prefix_tree import Node, PackedRows, PrefixTree
 
 HEADS, DIM = 4, 8
@@ -124,6 +124,20 @@ def test_what_an_accelerator_computes_at_once_is_what_a_cpu_computes_in_turn(mon
         loss = lambda *qkv: jnp.sum(xla.tree_attention(*qkv, packed.subtree_end) * weights)  # noqa: E731
         found.append(jax.value_and_grad(loss, argnums=(0, 1, 2))(*qkv))
     assert_equal_to(*found, 1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 10, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_at_the_leaves_alone_it_is_what_it_is_there_among_all(at_once, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(leaves, "QUERIES_AT_ONCE", at_once)
+    packed = pack(FIXED, ROWS, TOKENS, LEAVES)
+    q, k, v, _ = random_arrays(packed, 2, dtype=dtype)
+    here = (np.arange(ROWS)[:, None], packed.leaves)
+    found = leaves.leaf_attention(q[here], k, v, packed.subtree_end, packed.leaves)
+    assert found.dtype == dtype
+    float32 = [x.astype(np.float32) for x in (q, k, v)]
+    expected = reference.tree_attention(*float32, packed.subtree_end)[here]
+    assert_equal_to(found.astype(np.float32), expected, tolerance)
 
 
 def test_padding_attends_to_itself_alone():

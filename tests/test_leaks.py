@@ -10,7 +10,8 @@ from trees import deep, fan
 
 from adaptrm.config import LossOptions
 from adaptrm.models import SequenceClassifier
-from adaptrm.models.heads import at_leaves, label_logits
+from adaptrm.models.heads import label_logits
+from adaptrm.models.layers import at_leaves
 from adaptrm.prefix_tree import PrefixTree, pack_rows
 from adaptrm.train.step import loss_sums
 

@@ -18,8 +18,8 @@ from adaptrm.hf import load_weights, open_folder
 from adaptrm.hf.load import abstract_model
 from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.config import FAMILIES
-from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
-from adaptrm.models.layers import rotations
+from adaptrm.models.heads import answer_log_probabilities, label_logits
+from adaptrm.models.layers import at_leaves, rotations
 from adaptrm.prefix_tree import Node, PackedRows, PrefixTree, best_fit, pack_rows
 from adaptrm.train.optimizer import decays
 
@@ -86,6 +86,21 @@ def both_sides(definition, state, **options):
 def test_tree_equals_separate_sequences(variant):
     tree, flat = both_sides(*random_state(CausalLM, tiny_config(**variant)))
     assert_equal_to(tree, flat, 1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_reading_the_leaves_alone_is_reading_all(family, layers):
+    definition, state = random_state(CausalLM, tiny_config(model_type=family, num_hidden_layers=layers))
+    packed = pack(TREES, ROWS, TOKENS, LEAVES)
+
+    @jax.jit
+    def both(state, tokens, positions, subtree_end, leaves):
+        model = nnx.merge(definition, state).model
+        row = tokens, positions, subtree_end
+        return model.at_leaves(*row, leaves), at_leaves(model(*row), leaves)
+
+    assert_equal_to(*both(state, *arrays(packed)), 1e-5)
 
 
 def test_bfloat16_tree_is_no_further_from_float64_than_separate_sequences_are():

@@ -16,7 +16,7 @@ from trees import deep, fan, pack
 
 from adaptrm.hf.load import abstract_model, logical_axes
 from adaptrm.models import CausalLM, ModelConfig, RopeScaling, SequenceClassifier
-from adaptrm.models.heads import at_leaves
+from adaptrm.models.layers import at_leaves
 from adaptrm.parallel import constrain, make_mesh, partition_spec, sharding
 from adaptrm.parallel.mesh import AXES
 from adaptrm.train.state import param_shardings
@@ -181,7 +181,8 @@ def loss_and_gradients(definition, state, tokens, positions, subtree_end, leaves
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) * jnp.sin(1 + leaves)) * 10, hidden
 
     (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(state)
-    return {"loss": value, "hidden": hidden, "gradients": grads}
+    alone = nnx.merge(definition, state).model.at_leaves(tokens, positions, subtree_end, leaves)
+    return {"loss": value, "hidden": hidden, "hidden at the leaves alone": alone, "gradients": grads}
 
 
 CONFIGS = {

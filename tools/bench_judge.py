@@ -10,7 +10,7 @@ Four sides, with the same weights in float32, one run, answers compared:
 - cache: transformers again, the beginning once, its key-value cache repeated for all rules;
 - dense: the same decoder, jitted, over separate sequences of the trees' mean depth and as many tokens: attention with a
   dense mask (reference), and with the blockwise attention of the tree (blockwise). FLOPs are those of the parameters
-  and of the visible pairs, so the ratio says what the tree costs.
+  and of the visible pairs, so the ratio says what the tree costs; what the last layer leaves out is not counted.
 
 All but the tree are measured on a sample where there is much to do; their time for all is by their tokens.
 """
@@ -258,7 +258,11 @@ def main() -> None:
     flops = lambda tokens, pairs: training_flops(config, parameters, tokens, pairs) / 3  # noqa: E731
     visible = sum(int((tree.subtree_end - np.arange(len(tree))).sum()) for tree, _ in trees)
     computed = pack_trees([tree for tree, _ in trees], mesh).tokens.size
-    rate = {"tree": flops(total, visible) / took["tree"]}
+    # The last layer takes keys and values of all tokens and the rest of the leaves, whose pairs are their depths.
+    keys = 2 * config.num_key_value_heads * config.head_dim * config.hidden_size
+    left_out = flops(total, visible) - flops(len(leaves), sum(depths))
+    left_out = left_out // config.num_hidden_layers - 2 * keys * (total - len(leaves))
+    rate = {"tree": (flops(total, visible) - left_out) / took["tree"]}
     for name in ("dense reference", "dense blockwise"):
         rate[name] = flops(flat[0].size, len(flat[0]) * depth * (depth + 1) // 2) / took[name]
     for name, sample in samples.items():

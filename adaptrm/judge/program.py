@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from adaptrm.models.heads import answer_log_probabilities, at_leaves
+from adaptrm.models.heads import answer_log_probabilities
 from adaptrm.selection.sharded import select_sharded
 
 
@@ -26,8 +26,8 @@ def answer_leaves(
 ) -> Float32[Array, "rows leaves 3"]:
     """Log-probabilities of the answers at the leaves of packed rows: the step of scoring."""
     model = nnx.merge(definition, state)
-    hidden = model.model(tokens, positions, subtree_end, jnp.dtype(dtype))
-    return answer_log_probabilities(at_leaves(hidden, leaves), model.unembedding, answers)
+    hidden = model.model.at_leaves(tokens, positions, subtree_end, leaves, jnp.dtype(dtype))
+    return answer_log_probabilities(hidden, model.unembedding, answers)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("strategy", "k"))

@@ -47,8 +47,7 @@ class Decoder(nnx.Module):
         Args:
             remat: what is kept for the backward pass: the input of each layer, its attention, its matrix products, all.
         """
-        x = constrain(self.embed_tokens.weight[...][tokens].astype(dtype), "rows", "tokens", "hidden")
-        turned = rotations(self.config, positions)
+        x, turned = self._start(tokens, positions, dtype)
         definition, weights = nnx.split(self.layers)
 
         def layer(x, layer_weights):
@@ -57,6 +56,36 @@ class Decoder(nnx.Module):
         body = layer if remat == "none" else jax.checkpoint(layer, policy=SAVED[remat])
         x, _ = jax.lax.scan(body, x, weights)
         return self.norm(x)
+
+    def at_leaves(
+        self,
+        tokens: Int32[Array, "rows tokens"],
+        positions: Int32[Array, "rows tokens"],
+        subtree_end: Int32[Array, "rows tokens"],
+        leaves: Int32[Array, "rows leaves"],
+        dtype=jnp.float32,
+    ) -> Float[Array, "rows leaves hidden"]:
+        """Hidden states at the leaves, for a forward pass: of other tokens the last layer takes only keys and values.
+
+        Not for training: a layer's weights are taken by its number, so their gradient would be that of all layers in
+        each.
+        """
+        x, turned = self._start(tokens, positions, dtype)
+        definition, weights = nnx.split(self.layers)
+
+        def layer(number):  # what jax.lax.scan does with an argument, but without a copy of all layers but the last
+            return nnx.merge(
+                definition, jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, number, 0, False), weights)
+            )
+
+        last = self.config.num_hidden_layers - 1
+        x, _ = jax.lax.scan(lambda x, number: (layer(number)(x, turned, subtree_end), None), x, jnp.arange(last))
+        return self.norm(layer(last)(x, turned, subtree_end, leaves))
+
+    def _start(self, tokens, positions, dtype):
+        """The embedded tokens, and the rotations of their positions."""
+        x = constrain(self.embed_tokens.weight[...][tokens].astype(dtype), "rows", "tokens", "hidden")
+        return x, rotations(self.config, positions)
 
 
 class CausalLM(nnx.Module):

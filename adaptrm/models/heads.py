@@ -3,16 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 POSITIONS_AT_ONCE = 256  # vocabulary logits exist for this many positions at a time
-
-
-def at_leaves(
-    hidden: Float[Array, "rows tokens hidden"], leaves: Int32[Array, "rows leaves"]
-) -> Float[Array, "rows leaves hidden"]:
-    """Hidden states at the given token indices of each row."""
-    return jnp.take_along_axis(hidden, leaves[..., None], axis=1)
 
 
 def answer_log_probabilities(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from adaptrm.attention import tree_attention
+from adaptrm.attention import leaf_attention, tree_attention
 from adaptrm.models.config import ModelConfig
 from adaptrm.parallel.sharding import constrain, partition_spec
 
@@ -131,6 +131,11 @@ def rotations(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def at_leaves(values: Float[Array, "rows tokens *rest"], leaves: Int32[Array, "rows leaves"]) -> Array:
+    """What stands at the given token indices of each row, ``[rows, leaves, *rest]``."""
+    return jnp.take_along_axis(values, leaves.reshape(*leaves.shape, *[1] * (values.ndim - 2)), axis=1)
+
+
 def rotate(x_BTNH: Array, rotations_BTh: tuple[Array, Array]) -> Array:
     """Rotate the two halves of each head, in float32."""
     cos, sin = (x[:, :, None] for x in rotations_BTh)
@@ -189,29 +194,43 @@ class Attention(nnx.Module):
             values, out = self.v_proj.weight.get_value().transpose(0, 3, 1, 2), self.o_proj.weight.get_value()
             self.o_proj.weight.set_value(MIMETIC * values + (1 - MIMETIC**2) ** 0.5 * out)
 
-    def __call__(self, x_BTD: Array, rotations_BTh: tuple[Array, Array], subtree_end_BT: Array) -> Array:
-        q = self.q_proj.project("btd,nhd->btnh", x_BTD)
+    def __call__(
+        self,
+        x_BTD: Array,
+        rotations_BTh: tuple[Array, Array],
+        subtree_end_BT: Array,
+        leaves_BM: Array | None = None,
+    ) -> Array:
+        """Of all tokens, or of the leaves alone."""
+        own_BMD, own_rotations = x_BTD, rotations_BTh
+        if leaves_BM is not None:
+            own_BMD, own_rotations = jax.tree.map(lambda x: at_leaves(x, leaves_BM), (x_BTD, rotations_BTh))
+        q = self.q_proj.project("btd,nhd->btnh", own_BMD)
         k = self.k_proj.project("btd,khd->btkh", x_BTD)
         v = self.v_proj.project("btd,khd->btkh", x_BTD)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotations_BTh), rotate(k, rotations_BTh)
-        return self.o_proj.project("btnh,dnh->btd", sharded_attention(q, k, v, subtree_end_BT))
+        q, k = rotate(q, own_rotations), rotate(k, rotations_BTh)
+        return self.o_proj.project("btnh,dnh->btd", sharded_attention(q, k, v, subtree_end_BT, leaves_BM))
 
 
-def sharded_attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, subtree_end_BT: Array) -> Array:
+def sharded_attention(
+    q_BMNH: Array, k_BTKH: Array, v_BTKH: Array, subtree_end_BT: Array, leaves_BM: Array | None
+) -> Array:
     """Tree attention on the current mesh: each device attends over its own rows and heads.
 
     Query heads follow their key heads, so heads are split only where both divide the tensor axis.
     """
+    attention, queries = (tree_attention, ()) if leaves_BM is None else (leaf_attention, (leaves_BM,))
+    arrays = q_BMNH, k_BTKH, v_BTKH, subtree_end_BT, *queries
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return tree_attention(q_BTNH, k_BTKH, v_BTKH, subtree_end_BT)
+        return attention(*arrays)
     heads = ("rows", "tokens", "kv_heads", "head_dim")
     spec = partition_spec(mesh, k_BTKH.shape, heads)
     rows = partition_spec(mesh, subtree_end_BT.shape, heads[:2])
-    local = jax.shard_map(tree_attention, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
-    return local(q_BTNH, k_BTKH, v_BTKH, subtree_end_BT)
+    specs = (spec, spec, spec, rows, *[rows] * len(queries))
+    return jax.shard_map(attention, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 
 class MLP(nnx.Module):
@@ -236,6 +255,14 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(*norm)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTD: Array, rotations_BTh: tuple[Array, Array], subtree_end_BT: Array) -> Array:
-        h = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotations_BTh, subtree_end_BT)
+    def __call__(
+        self,
+        x_BTD: Array,
+        rotations_BTh: tuple[Array, Array],
+        subtree_end_BT: Array,
+        leaves_BM: Array | None = None,
+    ) -> Array:
+        """The residual stream after the layer, of all tokens, or of the leaves alone."""
+        attended = self.self_attn(self.input_layernorm(x_BTD), rotations_BTh, subtree_end_BT, leaves_BM)
+        h = (x_BTD if leaves_BM is None else at_leaves(x_BTD, leaves_BM)) + attended
         return constrain(h + self.mlp(self.post_attention_layernorm(h)), "rows", "tokens", "hidden")

@@ -11,7 +11,8 @@ from flax import nnx
 from adaptrm.config import LossOptions, OptimizerOptions
 from adaptrm.hf.load import logical_axes
 from adaptrm.models.decoder import Remat
-from adaptrm.models.heads import answer_log_probabilities, at_leaves, label_logits
+from adaptrm.models.heads import answer_log_probabilities, label_logits
+from adaptrm.models.layers import at_leaves
 from adaptrm.parallel import constrain
 from adaptrm.train.losses import answer_cross_entropy, label_cross_entropy, reward_loss
 from adaptrm.train.optimizer import learning_rate, make_optimizer
