@@ -325,7 +325,10 @@ def test_a_second_run_in_a_held_folder(here, monkeypatch, capsys):
         assert err == f"adaptrm: out: {held}\n"
 
 
-@pytest.mark.parametrize(("command", "room"), [(TABLE, 1), (TABLE, 2), (LABEL, 1), (TRAIN, 20), (TRAIN, 135)])
+@pytest.mark.parametrize(
+    ("command", "room"),
+    [(TABLE, 1), (TABLE, 2), (LABEL, 1), pytest.param(TRAIN, 20, marks=pytest.mark.slow), (TRAIN, 135)],
+)
 def test_a_full_disk(here, command, room):
     """No file may grow past some KiB: what a full disk looks like to who writes."""
     before = contents(here)

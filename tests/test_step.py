@@ -71,7 +71,7 @@ def values(state):
     return {".".join(map(str, path)): np.asarray(param[...]) for path, param in nnx.to_flat_state(state.params)}
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (1, 2, 2)])
 def test_remat_keeps_less_and_changes_no_gradient(batch, shape):
     definition, params = random_state(SequenceClassifier, CONFIG)
 
@@ -90,7 +90,7 @@ def test_remat_keeps_less_and_changes_no_gradient(batch, shape):
         assert_equal_to(gradient, gradients["none"], 1e-6)
 
 
-@pytest.mark.parametrize(("parts", "shape"), [(4, (1, 1, 1)), (2, (1, 2, 2))])
+@pytest.mark.parametrize(("parts", "shape"), [pytest.param(4, (1, 1, 1), marks=pytest.mark.slow), (2, (1, 2, 2))])
 def test_accumulated_parts_equal_the_whole(batch, parts, shape):
     whole, (told,) = run(mesh_of(1, 1, 1), SGD, batch)
     got, (metrics,) = run(mesh_of(*shape), replace(SGD, accumulate_steps=parts), batch)

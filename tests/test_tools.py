@@ -47,6 +47,7 @@ def test_two_settings_of_a_judge_are_compared(arguments):
     assert one["parameter_bytes"] > 2 * two["parameter_bytes"]
 
 
+@pytest.mark.slow
 def test_a_judge_is_attacked(arguments):
     found = run("attack_judge.py", *arguments, "--limit", "2")
     assert (found["pairs"], found["rules"]) == (2, RULES)

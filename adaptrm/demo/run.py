@@ -25,30 +25,34 @@ from adaptrm.reward_model import RewardModel
 from adaptrm.train.run import train
 
 STRATEGIES = ("max-discrepancy", "random", "all")
-PAIRS, HELD_OUT, REPLIES, NEITHER = 1200, 500, 2000, 5
-SEED = 0
+NEITHER, SEED = 5, 0
 
 
-def run_demo(out: str | os.PathLike) -> dict[str, Any]:
+def run_demo(out: str | os.PathLike, pairs_to_label: int = 1200) -> dict[str, Any]:
     """Make a world, train a judge, score, select, label, train reward models, evaluate, export, verify.
 
     Started again with the same folder it goes on where it stopped.
+
+    Args:
+        pairs_to_label: the size of the world; held-out pairs and the replies that the judge learns from are in
+            proportion. From less than the default the models learn little.
 
     Returns:
         The figures, and ``table`` for people.
     """
     out = Path(out)
     began = time.perf_counter()
-    say(f"1/7 A synthetic world with planted truth: {PAIRS} pairs, {HELD_OUT} held out, {len(demo_pool())} rules.")
-    world, held_out, judged = make_pairs(PAIRS, SEED), make_pairs(HELD_OUT, SEED + 1), make_pairs(REPLIES, SEED + 2)
+    few, many = (round(pairs_to_label * share) for share in (5 / 12, 5 / 3))
+    say(f"1/7 A synthetic world with planted truth: {pairs_to_label} pairs, {few} held out, {len(demo_pool())} rules.")
+    world, held_out, judged = make_pairs(pairs_to_label, SEED), make_pairs(few, SEED + 1), make_pairs(many, SEED + 2)
     pool, pairs = out / "rules.yaml", out / "pairs.jsonl"
     make_tokenizer(judged.texts(), out / "tokenizer")
     paths.write_bytes(pool, demo_pool().to_yaml().encode())
     _write_lines(pairs, map(_row, world.pairs))
     _write_lines(out / "held-out.jsonl", map(_row, held_out.pairs))
-    _write_lines(out / "rule-labels.jsonl", rule_labels(judged, REPLIES, NEITHER, SEED))
+    _write_lines(out / "rule-labels.jsonl", rule_labels(judged, many, NEITHER, SEED))
 
-    say(f"2/7 Train a judge on rule labels of {REPLIES} other replies.")
+    say(f"2/7 Train a judge on rule labels of {many} other replies.")
     tokenizer = {"model.scratch.tokenizer": str(out / "tokenizer")}
     labelled = {"data.labels": str(out / "rule-labels.jsonl"), "data.rules": str(pool)}
     train("judge", load_options("demo", "judge", tokenizer | labelled), out / "judge")
