@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 
 from adaptrm import __version__
-from adaptrm.errors import RESTART, InputError, Stopped, printable
+from adaptrm.errors import RESTART, InputError, Stopped
 from adaptrm.preemption import stops_at_once
 from adaptrm.results import show
+from adaptrm.rule_verbs import Json, rules_app
 from adaptrm.watchdog import watching
 
 app = typer.Typer(
@@ -23,9 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Label preference pairs by the safety rules that tell the two responses apart, train reward models on them.",
 )
-rules_app = typer.Typer(no_args_is_help=True)
 app.add_typer(rules_app, name="rules", help="Look after rule pools.")
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 # What --pairs and --data take.
 PAIRS = "JSONL(.gz), Parquet, a folder of save_to_disk, or a hub name OWNER/NAME[:CONFIG][:SPLIT]"
 
@@ -263,30 +262,6 @@ def export(
 
     verified = export_run(run, out, verify)
     show({"export": out} | ({"verified_by": verified} if verify else {}), as_json)
-
-
-@rules_app.command()
-def check(
-    pool: Annotated[str, typer.Argument(help="Rule pool: a name or a YAML file.")],
-    as_json: Json = False,
-) -> None:
-    """Find what is wrong with a rule pool, and what a careful reader would change.
-
-    Errors keep a pool from being loaded (exit code 2). Everything else is advice (exit code 0): near-duplicates,
-    comparatives, negations that confuse, two statements in one, odd lengths, unbalanced categories.
-    """
-    from adaptrm.rules.check import check_pool
-
-    result = check_pool(pool)
-    findings, result["findings"] = result["findings"], len(result["findings"]) - result["errors"]
-    if as_json:
-        result["findings"] = [vars(finding) for finding in findings]
-    else:
-        for finding in findings:
-            print(printable(f"{pool}: {finding.place}{finding.kind}: {finding.message}"))
-    show(result, as_json)
-    if result["errors"]:
-        raise InputError(f"{pool}: cannot be loaded, errors: {result['errors']}; each is listed with its line")
 
 
 def dotted(args: list[str]) -> dict[str, str]:

@@ -219,11 +219,12 @@ LAYERS = [
     ["models"],
     ["hf", "data", "rules"],
     ["selection"],
-    ["judge"],  # which selects in the program that scores
+    ["judge", "health"],  # the judge selects in the program that scores
     ["train"],
     ["evaluate"],
     ["reward_model", "rule_adapter", "label", "export"],
     ["plan", "doctor", "report", "demo"],
+    ["rule_verbs"],
     ["cli"],
 ]
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

@@ -8,10 +8,10 @@ import pytest
 from commands import adaptrm, kill_when, pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
-from adaptrm.data.scores import read_parts
+from adaptrm.data.scores import LOW_MASS, read_parts
 from adaptrm.errors import RESTART, InputError
 from adaptrm.judge import Judge
-from adaptrm.judge.score import LOW_MASS, ScoreJob, dry_run, score
+from adaptrm.judge.score import ScoreJob, dry_run, score
 from adaptrm.lock import hold
 
 PAIRS, PART = 40, 4

@@ -26,6 +26,7 @@ COLUMNS = {
 }
 
 BATCH_ROWS, BUFFER_BYTES = 4096, 1 << 20
+LOW_MASS = 0.1  # below it the judge was mostly about to say something else than an answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +117,14 @@ def write_part(folder: str | os.PathLike, number: int, scores: Scores) -> None:
 
 
 class Batch(NamedTuple):
-    """What selection reads of some pairs; as in ``Scores``."""
+    """What selection reads of some pairs, and the label mass where it is asked for; as in ``Scores``."""
 
     ids: list[str]
     a: Float32[np.ndarray, "pairs rules"]
     b: Float32[np.ndarray, "pairs rules"]
     relevance: Float32[np.ndarray, "pairs rules"]
+    label_mass_a: Float32[np.ndarray, "pairs rules"] | None = None
+    label_mass_b: Float32[np.ndarray, "pairs rules"] | None = None
 
 
 def read_parts(folder: str | os.PathLike) -> Iterator[Scores]:
@@ -136,17 +139,22 @@ def read_parts(folder: str | os.PathLike) -> Iterator[Scores]:
         yield read_part(file, rules)
 
 
-def read_batches(folder: str | os.PathLike) -> Iterator[Batch]:
+def read_batches(folder: str | os.PathLike, with_mass: bool = False) -> Iterator[Batch]:
     """What selection reads of a finished folder, in order; memory does not depend on how large its parts are.
 
     The next batch is read while the caller works on one.
+
+    Args:
+        with_mass: read the label mass too.
 
     Raises:
         InputError: as ``read_parts``.
     """
     manifest = read_manifest(folder)
     rules = len(manifest["rules"])
-    batches = (batch for file in _parts(folder, manifest) for batch in _read_batches(file, rules))
+    asked = [name for name in Batch._fields[1:] if with_mass or name not in Batch._field_defaults]
+    columns = [column for column, attribute in COLUMNS.items() if attribute in asked]
+    batches = (batch for file in _parts(folder, manifest) for batch in _read_batches(file, rules, columns))
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:
@@ -163,10 +171,9 @@ def _parts(folder: str | os.PathLike, manifest: dict[str, Any]) -> list[str]:
     return [paths.join(folder, name) for name in parts]
 
 
-def _read_batches(file: str, rules: int) -> Iterator[Batch]:
+def _read_batches(file: str, rules: int, columns: list[str]) -> Iterator[Batch]:
     import pyarrow.parquet as pq
 
-    columns = [column for column, attribute in COLUMNS.items() if attribute in Batch._fields]
     with _part_errors(file, rules), paths.reading(file) as stream:
         # The buffer keeps a row group, which may be the whole of a part made elsewhere, from being read at once.
         part = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES)

@@ -17,7 +17,7 @@ import adaptrm
 from adaptrm import paths
 from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.data.rows import BadRows, OnBadRow, source_hash
-from adaptrm.data.scores import Scores, check_manifest, part_name, read_part, write_manifest, write_part
+from adaptrm.data.scores import LOW_MASS, Scores, check_manifest, part_name, read_part, write_manifest, write_part
 from adaptrm.data.truncation import Truncation, usable
 from adaptrm.errors import InputError
 from adaptrm.judge.language_model import Asked, Judge
@@ -29,7 +29,6 @@ from adaptrm.parallel.distributed import exchanged, gathered, told_to_all
 from adaptrm.progress import progress
 from adaptrm.rules import RulePool
 
-LOW_MASS = 0.1  # below it the judge was mostly about to say something else than an answer
 SAMPLE_TOKENS = 4096  # about as many are computed for a prediction
 FLAGGED = 10  # ids of pairs with little label mass in the summary
 

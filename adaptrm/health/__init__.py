@@ -1,0 +1,1 @@
+"""Whether a judge reads the rules, measured on what it said."""

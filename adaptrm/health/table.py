@@ -1,0 +1,55 @@
+"""A judge's health as people read it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from adaptrm.errors import printable
+from adaptrm.health.measures import NEARLY_ALL
+from adaptrm.health.sums import LOW_RELEVANCE
+
+# Of each rule: heading, what it shows, whether in per cent.
+COLUMNS = (
+    ("spread", "spread", False),
+    ("decides %", "decides", True),
+    ("not relevant %", "irrelevant", True),
+    ("label mass", "label_mass", False),
+    ("length", "length_correlation", False),
+    ("AUC", "auc", False),
+    ("centred", "auc_centred", False),
+)
+CAPTION = (
+    "spread: root mean square of A - B. decides: pairs it is selected for. not relevant: pairs with relevance below "
+    f"{LOW_RELEVANCE:g}. length: correlation with the difference in characters. AUC: against what people preferred; "
+    "centred: less what the judge says by all rules alike."
+)
+
+
+def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The main numbers and, under ``table``, a row a rule, those that spread most first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rules = found["by_rule"]
+    columns = [column for column in COLUMNS if all(column[1] in rule for rule in rules.values())]
+    table = Table(caption=CAPTION, caption_justify="left")
+    table.add_column("rule")
+    for heading, _, _ in columns:
+        table.add_column(heading, justify="right")
+    for id, rule in sorted(rules.items(), key=lambda of: -of[1]["spread"]):
+        table.add_row(Text(printable(id)), *(_number(rule[name], per_cent) for _, name, per_cent in columns))
+    shown = {
+        "pairs": found["pairs"],
+        "pairs_with_a_preference": found["people"],
+        "first_direction": f"{100 * found['first_direction']:.0f} % of the variance of A - B",
+        "correlation_with_length": found["length_correlation"],
+        "mean_AUC": found["mean_auc"],
+        "agreement_with_people": {how.replace("_", " "): share for how, share in found["votes"].items()},
+        f"no_opinion_on_{100 * NEARLY_ALL:.0f}_%": found["no_opinion"],
+        "repeats": {rule: f"{other} ({r:+.2f})" for rule, (other, r) in found["repeats"].items()},
+        "never_decide": found["never_decide"],
+    }
+    return {name: value for name, value in shown.items() if value not in ({}, [])} | {"table": table}
+
+
+def _number(value: float, per_cent: bool) -> str:
+    return f"{100 * value:.0f}" if per_cent else f"{value:.3f}"
