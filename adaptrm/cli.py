@@ -120,6 +120,9 @@ def score(
     value_range: Annotated[str, typer.Option("--range", help="LO,HI of a table's values.")] = "-1,1",
     on_bad_row: BadRow = OnBadRow.fail,
     truncate_to: TruncateTo = None,
+    control: Annotated[
+        int, typer.Option(min=0, help="Ask about an empty response to so many prompts too, for rules check.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count tokens and predict the time, write nothing.")
     ] = False,
@@ -136,7 +139,7 @@ def score(
     table = (tuple(columns or ()), value_range)
     job = ScoreJob(
         *(pairs, judge, rules, out, template.value, dtype.value, part_size, on_bad_row.value, truncate_to, *table),
-        *(quantize and quantize.value, tensor),
+        *(quantize and quantize.value, tensor, control),
     )
     show(predict(job) if dry_run else run(job), as_json)
 

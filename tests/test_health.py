@@ -12,7 +12,7 @@ from refusals import refused
 
 from adaptrm import paths
 from adaptrm.data.rows import source_hash
-from adaptrm.data.scores import Scores, write_manifest, write_part
+from adaptrm.data.scores import Scores, write_control, write_manifest, write_part
 from adaptrm.health.check import check_scores
 from adaptrm.health.measures import FEW, ONE_DIRECTION, agreement, auc, same_answer
 from adaptrm.health.reduce import most_informative, reduce_pool
@@ -208,6 +208,30 @@ def test_few_pairs_and_scores_of_another_pool(written):
     assert not paths.exists(f"{folder}.yaml")
     Path(f"{folder}.jsonl").rename(f"{folder}.moved")
     assert "give --pairs with where it lies now" in refused(check_scores, folder, pool_of())
+
+
+def test_what_is_said_without_a_response(written):
+    d, _ = reading()
+    scores = made(d)
+    scores.a[:] += 0.3
+    scores.b[:] += 0.3
+    folder = written(scores)
+    assert "said_of_nothing" not in check_scores(folder, pool_of())
+    control = np.full((4, RULES), 0.3, np.float32)
+    control[:, 2], control[:, 5] = 0, -0.3
+    write_control(folder, ["p0", "p1", "p2", "p3"], control)
+    found = check_scores(folder, pool_of())
+    shares = [rule["said_of_nothing"] for rule in found["by_rule"].values()]
+    both = np.concatenate([scores.a, scores.b]).astype(np.float64)
+    expected = 1 - np.square(both - control[0]).mean(axis=0) / np.square(both).mean(axis=0)
+    np.testing.assert_allclose(shares, np.maximum(expected, 0), atol=1e-6)
+    assert shares[2] == shares[5] == 0 and min(shares[:2]) > 0.5
+    assert found["said_of_nothing"] == pytest.approx(np.mean(shares)) and found["warnings"] == []
+    sure = replace(scores, a=scores.a * 0 + 0.3, b=scores.b * 0 + 0.31)
+    folder = written(sure, name="sure")
+    write_control(folder, ["p0"], control[:1] * 0 + 0.3)
+    said = "100 % of what the judge says of responses it says of an empty one too"
+    assert said in check_scores(folder, pool_of())["warnings"]
 
 
 def information(products: np.ndarray, chosen) -> float:

@@ -1,6 +1,7 @@
 """Score folders: the same bytes however often the work was interrupted."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -8,11 +9,14 @@ import pytest
 from commands import adaptrm, kill_when, pair_rows, write_rows
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
-from adaptrm.data.scores import LOW_MASS, read_parts
+from adaptrm.data.scores import LOW_MASS, read_control, read_parts
 from adaptrm.errors import RESTART, InputError
 from adaptrm.judge import Judge
+from adaptrm.judge.program import scores_of
 from adaptrm.judge.score import ScoreJob, dry_run, score
 from adaptrm.lock import hold
+from adaptrm.parallel import read_leaves
+from adaptrm.prefix_tree import Node, PrefixTree
 
 PAIRS, PART = 40, 4
 
@@ -125,3 +129,28 @@ def test_a_dry_run_counts_what_the_run_computes(folder, tmp_path):
     assert found["padding"] == pytest.approx(1 - found["tokens"] / computed)
     assert found["predicted_seconds"] == pytest.approx(computed / found["tokens_per_second"])
     assert not (tmp_path / "none").exists()
+
+
+def test_an_empty_response_is_asked_about_once_and_changes_no_part(folder, scored, tmp_path, one_device):
+    out = tmp_path / "scores"
+    shutil.copytree(folder / "scores", out)
+    before = contents(out)
+    score(job(folder, out, control=6))
+    after = contents(out)
+    said = after.pop("control.parquet")
+    assert after == before
+    ids, control = read_control(out, len(tiny_pool()))
+    assert ids == [pair.id for pair in tiny_pairs(6)] and control.dtype == np.float32
+    judge = Judge.from_pretrained(folder / "lm", tiny_pool(), mesh=one_device)
+    prompts = [pair.prompt for pair in tiny_pairs(6)]
+    texts = [judge.prompt.text(prompt, "", rule) for prompt in prompts for rule in range(len(tiny_pool()))]
+    trees = [PrefixTree.build(Node(ids)) for ids in judge.prompt.chat.encode_many(texts)]
+    alone = read_leaves(trees, judge.mesh, judge.program)
+    log_p = np.concatenate([alone[i] for i in range(len(trees))]).reshape(6, 1, len(tiny_pool()), 3)
+    signs = np.array([rule.sign for rule in tiny_pool()], np.float32)
+    np.testing.assert_allclose(control, scores_of(np.repeat(log_p, 2, axis=1), signs)["a"], atol=1e-5)
+    (out / "control.parquet").unlink()
+    score(job(folder, out, control=6))
+    assert (out / "control.parquet").read_bytes() == said
+    score(job(folder, out, control=2))
+    assert read_control(out, len(tiny_pool()))[0] == ["p0", "p1"]

@@ -25,6 +25,7 @@ COLUMNS = {
     "label_mass_b": "label_mass_b",
 }
 
+CONTROL = "control.parquet"
 BATCH_ROWS, BUFFER_BYTES = 4096, 1 << 20
 LOW_MASS = 0.1  # below it the judge was mostly about to say something else than an answer
 
@@ -194,6 +195,29 @@ def _array(lists, rules: int) -> Float32[np.ndarray, "pairs rules"]:
     """A column of lists as an array; null is nan."""
     flat = lists.flatten().to_numpy(zero_copy_only=False)
     return flat.astype(np.float32, copy=False).reshape(len(lists), rules)
+
+
+def write_control(folder: str | os.PathLike, ids: list[str], scores: Float32[np.ndarray, "pairs rules"]) -> None:
+    """Write the scores of an empty response to the prompts of some pairs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = pa.array(np.ascontiguousarray(scores, np.float32).reshape(-1))
+    rows = pa.FixedSizeListArray.from_arrays(flat, scores.shape[1])
+    with paths.writing(paths.join(folder, CONTROL)) as stream:
+        pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "scores": rows}), stream)
+
+
+def read_control(folder: str | os.PathLike, rules: int) -> tuple[list[str], Float32[np.ndarray, "pairs rules"]] | None:
+    """What ``write_control`` wrote; None where there is none."""
+    import pyarrow.parquet as pq
+
+    file = paths.join(folder, CONTROL)
+    if not paths.exists(file):
+        return None
+    with _part_errors(file, rules), paths.reading(file) as stream:
+        table = pq.read_table(stream)
+        return table["id"].to_pylist(), _array(table["scores"].combine_chunks(), rules)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 
 from adaptrm.data.preferences import Pair
 from adaptrm.data.scored_pairs import pairs_of, read_scored
-from adaptrm.data.scores import read_manifest
+from adaptrm.data.scores import read_control, read_manifest
 from adaptrm.errors import InputError
 from adaptrm.health.measures import (
     EXPECTED,
@@ -55,7 +55,8 @@ def check_scores(scores: str, pool: RulePool, pairs: str | None = None) -> dict[
 
     Returns:
         Pairs, those with a preference of people, share of the first direction, whether it answers rules of both signs
-        alike, correlation with length, mean AUC, agreement of votes (ties count half), which rules have no opinion,
+        alike, correlation with length, share of the scores that an empty response has (where ``score --control`` asked
+        about one), mean AUC, agreement of votes (ties count half), which rules have no opinion,
         repeat others or never decide, all of each rule, and warnings. What needs people is empty without them.
         *Centred*: the mean over the rules is taken from each reply's scores, so that what is said by all rules alike
         counts nothing.
@@ -82,13 +83,17 @@ def check_scores(scores: str, pool: RulePool, pairs: str | None = None) -> dict[
         for how, selection in chosen.items():
             right[how] += float((1 + selection.preferred * preferred)[preferred != 0].sum() / 2)
         sums.add(batch.a, batch.b, batch.relevance, lengths(of_batch))
+        sums.add_levels(batch.a, batch.b)
         sums.add_mass(batch.label_mass_a, batch.label_mass_b)
         sums.add_preferred(batch.a, batch.b, preferred)
-    return _found(sums, decided, right, pool)
+    control = read_control(scores, len(pool))
+    return _found(sums, decided, right, control and control[1], pool)
 
 
-def _found(sums: Sums, decided: np.ndarray, right: Mapping[str, float], pool: RulePool) -> dict[str, Any]:
-    rules = by_rule(sums, pool.ids, decided)
+def _found(
+    sums: Sums, decided: np.ndarray, right: Mapping[str, float], control: np.ndarray | None, pool: RulePool
+) -> dict[str, Any]:
+    rules = by_rule(sums, pool.ids, decided, control)
     reasons = {id: reason for id, rule in rules.items() if (reason := no_opinion(rule))}
     again = repeated(sums.products)
     signs = np.array([rule.sign for rule in pool])
@@ -97,6 +102,7 @@ def _found(sums: Sums, decided: np.ndarray, right: Mapping[str, float], pool: Ru
         "pairs": sums.pairs,
         "people": sums.said,
         **measured(sums),
+        **({} if control is None else {"said_of_nothing": _mean(rules, "said_of_nothing")}),
         "same_answer": same_answer(first_direction(sums.products)[1], signs),
         "mean_auc": {how: _mean(rules, name) for how, name in AUCS.items() if sums.said},
         "votes": {how: count / sums.said for how, count in right.items() if sums.said},

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from adaptrm.data.scores import LOW_MASS
 from adaptrm.health.sums import LOW_RELEVANCE, SMALL, Sums
@@ -18,6 +18,8 @@ NEARLY_ALL = 0.95  # of the pairs
 # A tenth of the variance is the rule's own: 1 - r^2 of two rules that nearly say the same.
 OWN = 0.1
 REPEATS = (1 - OWN) ** 0.5
+# Nine tenths of what the judge says of responses it says of none. It may still tell two responses apart by the rest.
+OF_NOTHING = 0.9
 SAME_ANSWER = 0.9  # share of the first direction
 FEW = 10  # pairs that say nothing yet: chance alone makes one direction out of them
 EXPECTED = 10  # times a rule would decide if all did alike; one that never did is then no chance
@@ -90,6 +92,17 @@ def same_answer(loadings: Float64[np.ndarray, " rules"], signs: Float64[np.ndarr
     return float((against**2)[against * lean > 0].sum() / whole)
 
 
+def said_of_nothing(sums: Sums, control: Float32[np.ndarray, "pairs rules"]) -> Float64[np.ndarray, " rules"]:
+    """Share of each rule's mean square score that is there without any response.
+
+    Args:
+        control: scores of an empty response to some prompts; their mean over prompts is what is there.
+    """
+    nothing = control.mean(axis=0, dtype=np.float64)
+    level, square = sums.level / (2 * sums.pairs), sums.square / (2 * sums.pairs)
+    return np.clip(_ratio(2 * nothing * level - nothing**2, square), 0, 1)
+
+
 def measured(sums: Sums) -> dict[str, Any]:
     """The two numbers that need neither pool nor people."""
     share, _ = first_direction(sums.products)
@@ -97,11 +110,17 @@ def measured(sums: Sums) -> dict[str, Any]:
     return {"first_direction": share, "length_correlation": float(length)}
 
 
-def by_rule(sums: Sums, ids: Sequence[str], decided: Int64[np.ndarray, " rules"]) -> dict[str, dict[str, float | None]]:
+def by_rule(
+    sums: Sums,
+    ids: Sequence[str],
+    decided: Int64[np.ndarray, " rules"],
+    control: Float32[np.ndarray, "pairs rules"] | None,
+) -> dict[str, dict[str, float]]:
     """What is known of each rule.
 
     Args:
         decided: pairs that it was selected for.
+        control: scores of an empty response, where they were asked for.
     """
     variance = np.diagonal(sums.products)
     columns = {
@@ -116,6 +135,8 @@ def by_rule(sums: Sums, ids: Sequence[str], decided: Int64[np.ndarray, " rules"]
     for name, histogram in zip(("", "_centred"), sums.histograms, strict=True):
         if sums.said:
             columns |= {f"auc{name}": auc(histogram), f"agreement{name}": agreement(histogram)}
+    if control is not None:
+        columns["said_of_nothing"] = said_of_nothing(sums, control)
     return {id: {name: float(values[rule]) for name, values in columns.items()} for rule, id in enumerate(ids)}
 
 
@@ -153,6 +174,8 @@ def warnings(found: Mapping[str, Any]) -> Iterator[str]:
     yield from main_warnings(found, pairs, len(rules))
     if (found["same_answer"] or 0) > SAME_ANSWER:
         yield "its first direction is Yes, or No, to rules for and rules against a response at once"
+    if (share := found.get("said_of_nothing", 0)) > OF_NOTHING:
+        yield f"{100 * share:.0f} % of what the judge says of responses it says of an empty one too"
     if silent := found["no_opinion"]:
         yield f"no opinion on nearly all pairs by {_named(silent, len(rules))}; drop them, or write them anew"
     if again := found["repeats"]:

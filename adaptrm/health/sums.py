@@ -22,6 +22,7 @@ class Sums:
     Attributes:
         pairs: how many.
         products: sum of ``d d^T``.
+        level, square: sums of the scores themselves, and of their squares, over both responses.
         longer: sum of d times the difference in length (A - B), ``longer_square`` of that difference's square.
         small, irrelevant, low_mass: pairs with ``|d|`` below SMALL, relevance below LOW_RELEVANCE, label mass (mean of
             the two responses) below LOW_MASS.
@@ -35,6 +36,7 @@ class Sums:
         self.pairs = self.said = 0
         self.products = np.zeros((rules, rules))
         self.longer, self.longer_square = np.zeros(rules), 0.0
+        self.level, self.square = np.zeros((2, rules))
         self.small, self.irrelevant, self.low_mass = np.zeros((3, rules), np.int64)
         self.mass = np.zeros(rules)
         self.histograms: Int64[np.ndarray, "2 rules bins"] = np.zeros((2, rules, 0), np.int64)
@@ -58,6 +60,12 @@ class Sums:
         self.longer_square += float(longer @ longer)
         self.small += (np.abs(d) < SMALL).sum(axis=0)
         self.irrelevant += (relevance < LOW_RELEVANCE).sum(axis=0)
+
+    def add_levels(self, a: Float32[np.ndarray, "pairs rules"], b: Float32[np.ndarray, "pairs rules"]) -> None:
+        """Add the scores themselves."""
+        for x in (a, b):
+            self.level += x.sum(axis=0, dtype=np.float64)
+            self.square += np.square(x, dtype=np.float64).sum(axis=0)
 
     def add_mass(self, a: Float32[np.ndarray, "pairs rules"], b: Float32[np.ndarray, "pairs rules"]) -> None:
         """Add the label mass of pairs."""

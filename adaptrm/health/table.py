@@ -13,14 +13,15 @@ COLUMNS = (
     ("decides %", "decides", True),
     ("not relevant %", "irrelevant", True),
     ("label mass", "label_mass", False),
+    ("of nothing", "said_of_nothing", False),
     ("length", "length_correlation", False),
     ("AUC", "auc", False),
     ("centred", "auc_centred", False),
 )
 CAPTION = (
     "spread: root mean square of A - B. decides: pairs it is selected for. not relevant: pairs with relevance below "
-    f"{LOW_RELEVANCE:g}. length: correlation with the difference in characters. AUC: against what people preferred; "
-    "centred: less what the judge says by all rules alike."
+    f"{LOW_RELEVANCE:g}. of nothing: share of the score that an empty response has. length: correlation with the "
+    "difference in characters. AUC: against what people preferred; centred: less what is said by all rules alike."
 )
 
 
@@ -42,6 +43,7 @@ def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
         "pairs_with_a_preference": found["people"],
         "first_direction": f"{100 * found['first_direction']:.0f} % of the variance of A - B",
         "correlation_with_length": found["length_correlation"],
+        "said_of_an_empty_response": found.get("said_of_nothing", "not asked; adaptrm score --control N asks"),
         "mean_AUC": found["mean_auc"],
         "agreement_with_people": {how.replace("_", " "): share for how, share in found["votes"].items()},
         f"no_opinion_on_{100 * NEARLY_ALL:.0f}_%": found["no_opinion"],

@@ -1,7 +1,7 @@
 """A causal language model as the judge: every rule about both responses of a pair in one forward pass."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,17 @@ class Judge:
             rules: positions of the rules to ask about each pair; None asks about all. What is not asked is nan.
         """
         return self.answer(self.ask(pairs, rules))
+
+    def score_nothing(self, prompts: Sequence[tuple[Mapping[str, str], ...]]) -> Float32[np.ndarray, "prompts rules"]:
+        """The scores of an empty response to each prompt: what the judge says of a rule before it has read anything."""
+        every = range(len(self.rules))
+        questions = [
+            (row, questions)
+            for row, prompt in enumerate(prompts)
+            for questions in self.prompt.reply_trees(prompt, "", every)
+        ]
+        packed = pack_trees([one.tree for _, one in questions], self.mesh)
+        return self.answer(Asked([""] * len(prompts), questions, packed)).a
 
     def log_probabilities(
         self, pairs: Sequence[Pair], rules: Int[np.ndarray, "pairs k"] | None = None

@@ -17,7 +17,17 @@ import adaptrm
 from adaptrm import paths
 from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.data.rows import BadRows, OnBadRow, source_hash
-from adaptrm.data.scores import LOW_MASS, Scores, check_manifest, part_name, read_part, write_manifest, write_part
+from adaptrm.data.scores import (
+    LOW_MASS,
+    Scores,
+    check_manifest,
+    part_name,
+    read_control,
+    read_part,
+    write_control,
+    write_manifest,
+    write_part,
+)
 from adaptrm.data.truncation import Truncation, usable
 from adaptrm.errors import InputError
 from adaptrm.judge.language_model import Asked, Judge
@@ -40,6 +50,7 @@ class ScoreJob:
     Attributes:
         judge: a causal language model, or ``table:FILE``.
         columns, value_range: of a table; see ``Table``.
+        control: so many pairs' prompts are asked with an empty response too, into ``control.parquet``.
         quantize, tensor: of a model; ``int8`` weights, and how many devices split a layer.
         on_bad_row: ``skip`` lists rows that are no pairs and leaves them out.
         truncate_to: tokens of a question, to which longer ones are cut from the left; None cuts nothing, ever.
@@ -58,6 +69,7 @@ class ScoreJob:
     value_range: str = "-1,1"
     quantize: str | None = None
     tensor: int = 1
+    control: int = 0
 
     def source(self, pool: RulePool) -> Judge | Table:
         """Where the scores come from."""
@@ -69,6 +81,8 @@ class ScoreJob:
             raise InputError("--truncate-to is for a model; a table has no tokens to cut")
         if self.quantize is not None or self.tensor != 1:
             raise InputError("--quantize and --tensor are for a model; a table has no weights")
+        if self.control:
+            raise InputError("--control is for a model; a table cannot be asked about an empty response")
         table = Table(self.judge.removeprefix(PREFIX), pool, self.columns, self.value_range)
         table.check(read_pairs(self.pairs, BadRows(self.on_bad_row, listed=False)))
         return table
@@ -144,6 +158,8 @@ def score(job: ScoreJob) -> dict[str, Any]:
                     counts = (mass < LOW_MASS).sum(), of_pairs.sum(), special
                     told[part] = float(mass.mean()), len(pairs), *counts
                 shown.advance(len(pairs))
+        if number == 0 and job.control:
+            _score_control(job, source)
         told = gathered(told).sum(axis=0)
         flagged = [name for of_one in exchanged(flagged) for name in of_one][:FLAGGED]
     masses, of_pairs, low, low_pairs, special = told.T.tolist()
@@ -194,6 +210,18 @@ def _score_part(
     _check_finite(scores, job)
     write_part(job.out, part, scores)
     return scores
+
+
+def _score_control(job: ScoreJob, judge: Judge) -> None:
+    """Ask about an empty response to the first prompts, where an earlier run has not: no part depends on it."""
+    parts = job.parts(BadRows(job.on_bad_row, listed=False), job.truncation(judge))
+    wanted = list(islice((pair for part in parts for pair in part), job.control))
+    ids = [pair.id for pair in wanted]
+    found = read_control(job.out, len(judge.rules))
+    if found is None or found[0] != ids:
+        blocks = [wanted[i : i + job.part_size] for i in range(0, len(wanted), job.part_size)]
+        scores = np.concatenate([judge.score_nothing([pair.prompt for pair in block]) for block in blocks])
+        write_control(job.out, ids, scores)
 
 
 def question_length(prompt: JudgePrompt) -> Callable[[Pair], int]:
