@@ -152,5 +152,3 @@ def test_an_empty_response_is_asked_about_once_and_changes_no_part(folder, score
     (out / "control.parquet").unlink()
     score(job(folder, out, control=6))
     assert (out / "control.parquet").read_bytes() == said
-    score(job(folder, out, control=2))
-    assert read_control(out, len(tiny_pool()))[0] == ["p0", "p1"]
