@@ -121,7 +121,7 @@ def test_formulas_refuse_what_they_do_not_cover():
 
 def test_the_top_vote_is_the_published_selection():
     for name in ("junk 20", "sparse 3"):
-        _, d = WORLDS[name].sample(np.random.default_rng(5), 2000)
+        _, d = WORLDS[name].sample(np.random.default_rng(5), 1000)
         d /= 2 * np.abs(d).max()
         chosen = select(d, np.zeros_like(d), np.ones_like(d), "max-discrepancy", theory.K)
         found = STRATEGIES["top-5 by |d|"](WORLDS[name], d, None)
@@ -130,7 +130,7 @@ def test_the_top_vote_is_the_published_selection():
 
 def test_em_finds_the_oracle_where_rules_are_independent_and_a_nuisance_deceives_it():
     accuracy = theory.label_accuracy(
-        WORLDS["noisy 20"], ("label-free EM", "all, weighted"), np.random.default_rng(6), 5000
+        WORLDS["noisy 20"], ("label-free EM", "all, weighted"), np.random.default_rng(6), 2000
     )
     assert min(right for right, _ in accuracy.values()) > 0.995
     deceived = theory.label_accuracy(
@@ -157,25 +157,25 @@ SMALL = ("verify_theory.py", "--pairs", "20000", "--draws", "50000", "--exact-dr
 
 
 def test_the_tool_compares_figures_and_says_where_they_differ(tool, monkeypatch, capsys):
+    tool.WORLD_FIGURES["opposed 10"]["random 5"] += 0.03
     monkeypatch.setattr(sys, "argv", [*SMALL, "--json"])
-    tool.main()
+    with pytest.raises(SystemExit, match=r"do not agree: opposed 10, random 5$"):
+        tool.main()
     found = json.loads(capsys.readouterr().out)
-    assert found["disagree"] == [] and len(found["cells"]) == 2 * 8 + 2 * 5
+    assert found["disagree"] == ["opposed 10, random 5"] and len(found["cells"]) == 2 * 8 + 2 * 5
     assert {(proof["noise"], proof["k"]) for proof in found["statement"] if proof["optimal"]} == {
         *(("Gaussian", k) for k in (1, 3)),
         ("Laplace", 1),
         ("uniform", 1),
     }
-    tool.WORLD_FIGURES["opposed 10"]["random 5"] += 0.03
-    monkeypatch.setattr(sys, "argv", list(SMALL))
-    with pytest.raises(SystemExit, match=r"do not agree: opposed 10, random 5$"):
-        tool.main()
-    out = capsys.readouterr().out
-    assert "Student t3, k = 1  fails: another set is better on " in out and "20 of METHOD.md's 21 figures agree" in out
+    text = tool.as_text(found)
+    assert "Student t3, k = 1  fails: another set is better on " in text
+    assert "20 of METHOD.md's 21 figures agree" in text
 
 
 def test_the_tool_draws_and_says_what_it_needs(tool, monkeypatch, capsys, tmp_path):
     tool.WORLD_FIGURES.pop("opposed 10")
+    monkeypatch.setattr(tool, "KS", (1,))
     monkeypatch.setattr(sys, "argv", [*SMALL, "--plot", str(tmp_path / "theory.png")])
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "matplotlib", None)
