@@ -296,7 +296,8 @@ def test_rules_check_and_reduce_as_commands(monkeypatch, capsys, written, tmp_pa
     assert (code, err) == (0, "")
     assert any(line.startswith(f"{folder}: one direction carries") for line in lines)
     assert any("first direction" in line and "% of the variance" in line for line in lines)
-    assert any(line.split()[1:2] == ["r7"] for line in lines)
+    shown = {line.split()[0]: line.split() for line in lines if line.strip()}
+    assert len(shown["r7"]) == 1 + 7 + 2 and shown["rule"][1:3] == ["spread", "decides"]
     code, printed, err = in_process(monkeypatch, capsys, "rules", "check", pool, "--scores", folder, "--json")
     assert (code, err) == (0, "") and json.loads(printed)["judge"] == check_scores(folder, pool_of())
     code, _, err = in_process(monkeypatch, capsys, "rules", "check", pool, "--pairs", folder)

@@ -10,18 +10,19 @@ from adaptrm.health.sums import LOW_RELEVANCE
 # Of each rule: heading, what it shows, whether in per cent.
 COLUMNS = (
     ("spread", "spread", False),
-    ("decides %", "decides", True),
-    ("not relevant %", "irrelevant", True),
-    ("label mass", "label_mass", False),
-    ("of nothing", "said_of_nothing", False),
+    ("decides", "decides", True),
+    ("silent", "irrelevant", True),
+    ("mass", "label_mass", False),
+    ("empty", "said_of_nothing", True),
     ("length", "length_correlation", False),
     ("AUC", "auc", False),
     ("centred", "auc_centred", False),
 )
 CAPTION = (
-    "spread: root mean square of A - B. decides: pairs it is selected for. not relevant: pairs with relevance below "
-    f"{LOW_RELEVANCE:g}. of nothing: share of the score that an empty response has. length: correlation with the "
-    "difference in characters. AUC: against what people preferred; centred: less what is said by all rules alike."
+    "spread: root mean square of A - B. decides: pairs that it is selected for. silent: pairs with relevance below "
+    f"{LOW_RELEVANCE:g}. mass: on the answers. empty: how much of the score an empty response has. length: "
+    "correlation with the difference in characters. AUC: against what people preferred. centred: that, less what is "
+    "said by all rules alike."
 )
 
 
@@ -32,10 +33,10 @@ def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
 
     rules = found["by_rule"]
     columns = [column for column in COLUMNS if all(column[1] in rule for rule in rules.values())]
-    table = Table(caption=CAPTION, caption_justify="left")
-    table.add_column("rule")
+    table = Table(caption=CAPTION, caption_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("rule", overflow="fold")
     for heading, _, _ in columns:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for id, rule in sorted(rules.items(), key=lambda of: -of[1]["spread"]):
         table.add_row(Text(printable(id)), *(_number(rule[name], per_cent) for _, name, per_cent in columns))
     shown = {
@@ -43,8 +44,12 @@ def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
         "pairs_with_a_preference": found["people"],
         "first_direction": f"{100 * found['first_direction']:.0f} % of the variance of A - B",
         "correlation_with_length": found["length_correlation"],
-        "said_of_an_empty_response": found.get("said_of_nothing", "not asked; adaptrm score --control N asks"),
-        "mean_AUC": found["mean_auc"],
+        "said_of_an_empty_response": (
+            f"{100 * found['said_of_nothing']:.0f} % of the scores"
+            if "said_of_nothing" in found
+            else "not asked; adaptrm score --control N asks"
+        ),
+        "mean_AUC": {how.replace("_", " "): area for how, area in found["mean_auc"].items()},
         "agreement_with_people": {how.replace("_", " "): share for how, share in found["votes"].items()},
         f"no_opinion_on_{100 * NEARLY_ALL:.0f}_%": found["no_opinion"],
         "repeats": {rule: f"{other} ({r:+.2f})" for rule, (other, r) in found["repeats"].items()},
@@ -54,4 +59,4 @@ def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: float, per_cent: bool) -> str:
-    return f"{100 * value:.0f}" if per_cent else f"{value:.3f}"
+    return f"{100 * value:.0f} %" if per_cent else f"{value:.2f}"
