@@ -196,6 +196,14 @@ def test_the_same_answer_to_rules_for_and_against_a_response(written):
     assert "its first direction is Yes, or No, to rules for and rules against a response at once" in found["warnings"]
 
 
+def test_a_vote_that_chance_could_give_is_no_agreement(written):
+    d, _ = reading()
+    prefers = np.random.default_rng(9).choice([-1.0, 1.0], PAIRS)
+    (line,) = check_scores(written(made(d), prefers=prefers), pool_of())["warnings"]
+    assert line.startswith("its vote cannot be told from chance: it agrees with people on ")
+    assert line.endswith(" % of 300 pairs")
+
+
 def test_few_pairs_and_scores_of_another_pool(written):
     d, _ = one_factor()
     folder = written(made(d[: FEW - 1]))

@@ -186,7 +186,7 @@ def warnings(found: Mapping[str, Any]) -> Iterator[str]:
     for how, vote in found["votes"].items():
         error = ERRORS * 0.5 / found["people"] ** 0.5
         if how == "max_discrepancy" and vote < 0.5 + error:
-            state = "points at the worse response" if vote < 0.5 - error else "is no better than chance"
+            state = "points at the worse response" if vote < 0.5 - error else "cannot be told from chance"
             yield f"its vote {state}: it agrees with people on {100 * vote:.0f} % of {found['people']} pairs"
 
 
