@@ -56,10 +56,11 @@ def check_scores(scores: str, pool: RulePool, pairs: str | None = None) -> dict[
     Returns:
         Pairs, those with a preference of people, share of the first direction, whether it answers rules of both signs
         alike, correlation with length, share of the scores that an empty response has (where ``score --control`` asked
-        about one), mean AUC, agreement of votes (ties count half), which rules have no opinion,
-        repeat others or never decide, all of each rule, and warnings. What needs people is empty without them.
-        *Centred*: the mean over the rules is taken from each reply's scores, so that what is said by all rules alike
-        counts nothing.
+        about one), mean AUC, agreement of votes (ties count half), which rules have no opinion, repeat others or never
+        decide, all of each rule, and warnings. What needs people is empty without them. *Centred*: the mean over the
+        rules is taken from each reply's scores, so that what is said by all rules alike counts nothing. What people
+        preferred is one thing for all rules, so the mean AUC of centred scores is about .5 or less for a good judge
+        too; a vote of centred scores that agrees with people more than by chance shows one that tells rules apart.
 
     Raises:
         InputError: scores, pool and pairs do not belong together.

@@ -10,7 +10,9 @@ from adaptrm.data.scores import LOW_MASS
 from adaptrm.health.sums import LOW_RELEVANCE, SMALL, Sums
 
 # One direction says more than all others together. SmolLM2-135M as it is, which does not read the rule: .82 over 24
-# rules. Good and bad responses differ in much at once, so a judge that reads has a first direction too.
+# rules (METHOD.md section 2), .91 over safety-24 on 12 pairs; the demo's judge, which learned to: .12 over 24. Good and
+# bad responses differ in much at once, so a judge that reads has a first direction too, but what 24 rules are asked for
+# is not one number.
 ONE_DIRECTION = 0.5
 # A quarter of the variance of the vote is length.
 LENGTH = 0.5

@@ -82,10 +82,11 @@ class Sums:
         """Add what people preferred: 1 response A, -1 B, 0 where nobody said."""
         d = np.subtract(a, b, dtype=np.float64)[preferred != 0] * preferred[preferred != 0, None]
         self.said += len(d)
-        if self.said and not self.histograms.size:
+        if not len(d):
+            return
+        if not self.histograms.size:
             self.histograms = np.zeros((2, d.shape[1], 2 * LARGEST * STEPS + 1), np.int64)
         for histogram, of in zip(self.histograms, (d, d - d.mean(axis=1, keepdims=True)), strict=True):
-            if len(of):
-                steps = np.rint(of * STEPS).astype(np.int64) + LARGEST * STEPS
-                flat = steps + np.arange(of.shape[1]) * histogram.shape[1]
-                histogram += np.bincount(flat.ravel(), minlength=histogram.size).reshape(histogram.shape)
+            steps = np.rint(of * STEPS).astype(np.int64) + LARGEST * STEPS
+            # One index of a view is several times faster than two.
+            np.add.at(histogram.reshape(-1), (steps + np.arange(of.shape[1]) * histogram.shape[1]).reshape(-1), 1)

@@ -21,8 +21,8 @@ COLUMNS = (
 CAPTION = (
     "spread: root mean square of A - B. decides: pairs that it is selected for. silent: pairs with relevance below "
     f"{LOW_RELEVANCE:g}. mass: on the answers. empty: how much of the score an empty response has. length: "
-    "correlation with the difference in characters. AUC: against what people preferred. centred: that, less what is "
-    "said by all rules alike."
+    "correlation with the difference in characters. AUC: against what people preferred. centred: the same of what it "
+    "says beyond the mean of all rules, .5 where it knows no more than they."
 )
 
 
@@ -49,7 +49,7 @@ def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
             if "said_of_nothing" in found
             else "not asked; adaptrm score --control N asks"
         ),
-        "mean_AUC": {how.replace("_", " "): area for how, area in found["mean_auc"].items()},
+        "mean_AUC": found["mean_auc"].get("as_they_are", {}),
         "agreement_with_people": {how.replace("_", " "): share for how, share in found["votes"].items()},
         f"no_opinion_on_{100 * NEARLY_ALL:.0f}_%": found["no_opinion"],
         "repeats": {rule: f"{other} ({r:+.2f})" for rule, (other, r) in found["repeats"].items()},
