@@ -15,6 +15,7 @@ from adaptrm.data.chat_trees import pair_tree
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.data.preferences import Pair, load_pairs
+from adaptrm.health.measures import ONE_DIRECTION, first_direction
 from adaptrm.hf import save_weights
 from adaptrm.judge import Judge
 from adaptrm.parallel import make_mesh
@@ -145,6 +146,16 @@ def test_gradients_of_a_packed_step_equal_those_of_transformers(smollm2, data, o
     worst = max(off, key=off.get)
     print(f"\nloss off by {abs(float(value) - expected.item()):.2e}, gradients at most by {off[worst]:.2e} ({worst})")
     assert max(np.abs(grad).max() for grad in theirs.values()) > 1
+
+
+@pytest.mark.slow
+def test_a_judge_that_was_not_taught_is_flagged(smollm2, data):
+    judge = Judge.from_pretrained(smollm2, RulePool.load("safety-24"), mesh=make_mesh(devices=jax.devices()[:1]))
+    scores = judge.score(short_pairs(data / "pairs" / "hh_harmless_base_test.jsonl.gz"))
+    d = (scores.a - scores.b).astype(np.float64)
+    share, _ = first_direction(d.T @ d)
+    print(f"\nfirst direction of the differences over safety-24, {len(d)} pairs: {share:.2f}")
+    assert share > ONE_DIRECTION
 
 
 @pytest.mark.slow
