@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int32, UInt32
 
-from adaptrm.selection.kernel import at, drawn_rules, sum_in_order
+from adaptrm.selection.kernel import Evidence, at, drawn_rules, margin_of, sum_in_order
 from adaptrm.selection.top_rules import selection_score, sorted_rules, top_rules
 
 
@@ -17,6 +17,7 @@ def select_sharded(
     fixed: Int32[Array, " k"] | None,
     seed: UInt32[Array, ""],
     row: Int32[Array, " pairs"],
+    evidence: Evidence | None = None,
     *,
     strategy: str,
     k: int,
@@ -47,7 +48,9 @@ def select_sharded(
     row = jnp.pad(row, (0, more_pairs))
     each = a.shape[1] // mesh.shape[rule_axis]
 
-    def of_shard(a, b, relevance, discrepancy_weight, fixed, seed, row):
+    scale = None if evidence is None else jnp.pad(evidence.scale, (0, more_rules))
+
+    def of_shard(a, b, relevance, discrepancy_weight, fixed, seed, row, evidence, scale):
         own = jax.lax.axis_index(rule_axis) * each  # index of the first rule here
 
         def gathered(x):
@@ -62,17 +65,19 @@ def select_sharded(
             return chosen, sum_in_order(jax.lax.psum(found, rule_axis))  # all but one of the summands are 0
         weight = None if strategy == "relevance" else discrepancy_weight
         real = own + jnp.arange(each) < rules
-        place, _ = top_rules(a, b, jnp.where(real, relevance, -jnp.inf), weight, min(k, each), checked=False)
-        score = selection_score(*(at(x, place) for x in (a, b, relevance)), weight)
+        place, _ = top_rules(a, b, jnp.where(real, relevance, -jnp.inf), weight, min(k, each), False, scale)
+        score = selection_score(
+            *(at(x, place) for x in (a, b, relevance)), weight, None if scale is None else scale[place]
+        )
         score = jnp.where(own + place < rules, score, -jnp.inf)
         best = sorted_rules(gathered(score), k)
         chosen = at(gathered(own + place), best)
-        return chosen, sum_in_order(at(gathered(at(a, place) - at(b, place)), best))
+        return chosen, margin_of(at(gathered(at(a, place) - at(b, place)), best), chosen, evidence)
 
     by_pair = PartitionSpec(pair_axes)
     scores, one = PartitionSpec(pair_axes, rule_axis), PartitionSpec()
     # check_vma would not see that what was gathered over the rule axis is the same on all of it.
-    given = (scores,) * 3 + (one,) * 3 + (by_pair,)
+    given = (scores,) * 3 + (one,) * 3 + (by_pair, one, PartitionSpec(rule_axis))
     run = jax.shard_map(of_shard, in_specs=given, out_specs=(by_pair, by_pair), check_vma=False)
-    chosen, margin = run(a, b, relevance, discrepancy_weight, fixed, seed, row)
+    chosen, margin = run(a, b, relevance, discrepancy_weight, fixed, seed, row, evidence, scale)
     return chosen[:pairs], margin[:pairs]

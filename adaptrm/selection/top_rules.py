@@ -28,11 +28,16 @@ def selection_score(
     b: Float32[Array, "*shape"],
     relevance: Float32[Array, "*shape"],
     discrepancy_weight: Float32[Array, ""] | None,
+    scale: Float32[Array, " rules"] | None = None,
 ) -> Float32[Array, "*shape"]:
-    """``relevance + discrepancy_weight * |a - b|`` (METHOD.md section 1, step 4); relevance alone without a weight."""
+    """``relevance + discrepancy_weight * |scale * (a - b)|`` (METHOD.md section 1, step 4, and section 3).
+
+    Relevance alone without a weight; every rule's word counts the same without a scale.
+    """
     if discrepancy_weight is None:
         return relevance
-    weighted = discrepancy_weight * jnp.abs(a - b)
+    difference = a - b if scale is None else scale * (a - b)
+    weighted = discrepancy_weight * jnp.abs(difference)
     # Keeps product and sum two roundings, as the contract says: a fused multiply-add would order near-ties
     # differently. (XLA for CPUs removes an optimization_barrier before LLVM contracts the two.)
     return relevance + jnp.where(jnp.isnan(weighted), 0.0, weighted)
@@ -63,11 +68,12 @@ def top_rules(
     discrepancy_weight: Float32[Array, ""] | None,
     k: int,
     checked: bool,
+    scale: Float32[Array, " rules"] | None = None,
 ) -> tuple[Int32[Array, "pairs k"], Bool[Array, " pairs"] | None]:
     """The k best rules of each pair, best first, and where ``checked`` whether all its scores are in range."""
     pairs, rules = a.shape
     blocks = -(-rules // BLOCK)
-    arrays = (a, b, relevance) if discrepancy_weight is None else (a, b, relevance, discrepancy_weight)
+    arrays = [x for x in (a, b, relevance, discrepancy_weight, scale) if x is not None]
     if pairs < TILE or k > MOST_RULES_SELECTED or blocks * k > MOST_CANDIDATES:
         return _sorted_rules(*arrays, k=k, checked=checked)
     cpu, other = (partial(way, k=k, checked=checked) for way in (_networked_rules, _sorted_rules))
@@ -79,12 +85,12 @@ def sorted_rules(score: Float32[Array, "pairs rules"], k: int) -> Int32[Array, "
     return lax.top_k(jnp.where(score == 0, 0.0, score), k)[1]  # it sorts -0 below 0, which would break a tie
 
 
-def _sorted_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checked: bool):
-    chosen = sorted_rules(selection_score(a, b, relevance, discrepancy_weight), k)
+def _sorted_rules(a, b, relevance, discrepancy_weight=None, scale=None, *, k: int, checked: bool):
+    chosen = sorted_rules(selection_score(a, b, relevance, discrepancy_weight, scale), k)
     return chosen, all_in_range(a, b, relevance) if checked else None
 
 
-def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checked: bool):
+def _networked_rules(a, b, relevance, discrepancy_weight=None, scale=None, *, k: int, checked: bool):
     """Tile by tile: the k best of each block of rules, then the k best of those candidates.
 
     Loops stand where XLA must not fuse: into a consumer it would put a network once for every use.
@@ -97,7 +103,7 @@ def _networked_rules(a, b, relevance, discrepancy_weight=None, *, k: int, checke
 
     def of_tile(start):
         tile = [lax.dynamic_slice_in_dim(x, start, TILE).reshape(PARTS, SIDE, rules) for x in (a, b, relevance)]
-        score = selection_score(*tile, discrepancy_weight)
+        score = selection_score(*tile, discrepancy_weight, scale)
         if checked:  # in the same pass: out of range is nan, and a word of it is negative
             score = where_in_range(score, *tile)
         score = jnp.pad(
