@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import adaptrm
-from adaptrm.selection import STRATEGIES, select
+from adaptrm.selection import STRATEGIES, EvidenceWeights, select
 from adaptrm.selection.top_rules import TILE
 
 PAIRS, RULES, K = 50_000, 20, 5
@@ -215,10 +215,15 @@ def floats(low: int) -> st.SearchStrategy:
     return arrays(np.float32, SMALL, elements=few | st.floats(low, 1, width=32), fill=few)
 
 
+COVARIANCE = np.eye(6) + 0.3 * np.outer(*[[1, -1, 0.5, 0, 2, 1]] * 2)
+EVIDENCE = EvidenceWeights(np.float32([0.3, -0.1, 0.2, 0, 0.5, 0.1]), COVARIANCE.astype(np.float32))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(a=floats(-1), b=floats(-1), relevance=floats(0), seed=st.integers(0, 3))
 def test_swapping_the_responses_negates_the_label(strategy, a, b, relevance, seed):
     options = {"k": SMALL_K, "seed": seed, "rules": [4, 1, 2] if strategy == "fixed" else None}
+    options["weights"] = EVIDENCE if strategy == "evidence" else None
     one = select(a, b, relevance, strategy, **options)
     other = select(b, a, relevance, strategy, **options)
     assert np.array_equal(one.rules, other.rules)
@@ -311,7 +316,7 @@ def test_negative_relevance_is_an_error_and_bounds_are_not():
     [
         ({"k": 0}, "k is 0; with 6 rules it must be 1 to 6"),
         ({"k": 7}, "k is 7"),
-        ({"strategy": "max_discrepancy"}, "strategy 'max_discrepancy' is unknown; known: max-discrepancy, all"),
+        ({"strategy": "max_discrepancy"}, "strategy 'max_discrepancy' is unknown; known: max-discrepancy, evidence"),
         ({"strategy": "fixed"}, "needs distinct rules"),
         ({"strategy": "fixed", "rules": []}, "needs distinct rules"),
         ({"strategy": "fixed", "rules": [1, 1]}, "needs distinct rules"),

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adaptrm.parallel import make_mesh
 from adaptrm.plan import devices_of
-from adaptrm.selection import STRATEGIES, select, select_sharded
+from adaptrm.selection import STRATEGIES, EvidenceWeights, select, select_sharded
 from adaptrm.selection.top_rules import TILE
 
 PAIRS, K = 37, 5
@@ -26,12 +26,19 @@ def some_scores(rules: int, seed: int = 0, pairs: int = PAIRS) -> list[np.ndarra
     return arrays
 
 
-def sharded(mesh, arrays, strategy: str, k: int, weight: float, fixed, first_row: int = 0):
+def some_weights(rules: int) -> EvidenceWeights:
+    rng = np.random.default_rng(2)
+    loading = rng.standard_normal((rules, 3)) / 4
+    sigma = np.diag(rng.uniform(0.2, 2, rules)) + loading @ loading.T
+    return EvidenceWeights(rng.uniform(-0.1, 0.6, rules).astype(np.float32), sigma.astype(np.float32))
+
+
+def sharded(mesh, arrays, strategy: str, k: int, weight: float, fixed, first_row: int = 0, evidence=None):
     """Within a jitted program that is given placed scores, as the judge's is."""
 
     @jax.jit
     def program(a, b, relevance):
-        rest = (jnp.float32(weight), fixed, jnp.uint32(3), first_row + jnp.arange(len(arrays[0])))
+        rest = (jnp.float32(weight), fixed, jnp.uint32(3), first_row + jnp.arange(len(arrays[0])), evidence)
         return select_sharded(a, b, relevance, *rest, strategy=strategy, k=k)
 
     rows, rules = arrays[0].shape
@@ -58,12 +65,17 @@ def test_every_mesh_equals_one_device(shape, rules):
 def test_every_strategy_equals_one_device(shape, strategy):
     rules, arrays = 11, some_scores(11, seed=1)
     fixed = [7, 0, 10, 3] if strategy == "fixed" else None
-    expected = select(*arrays, strategy, K, 0.5, fixed, seed=3, first_row=1000)
+    weights = some_weights(rules) if strategy == "evidence" else None
+    expected = select(*arrays, strategy, K, 0.5, fixed, weights, seed=3, first_row=1000)
     k = {"fixed": 4, "all": rules}.get(strategy, K)
+    evidence = None if weights is None else weights.arrays()
     placed = None if fixed is None else jnp.asarray(fixed, jnp.int32)
-    chosen, margin = sharded(make_mesh(*shape), arrays, strategy, k, 0.5, placed, first_row=1000)
+    chosen, margin = sharded(make_mesh(*shape), arrays, strategy, k, 0.5, placed, 1000, evidence)
     assert np.array_equal(chosen, expected.rules)
-    assert np.array_equal(margin, expected.margin)
+    if weights is None:
+        assert np.array_equal(margin, expected.margin)
+    else:  # a solution of equations, by another compiled program
+        np.testing.assert_allclose(margin, expected.margin, rtol=1e-5, atol=1e-5)
 
 
 def test_more_shards_than_rules():

@@ -120,6 +120,8 @@ class Judge:
         """
         if self._template != "conversation-first":
             raise ValueError(f"select needs the template 'conversation-first'; this judge has {self._template!r}")
+        if strategy == "evidence":
+            raise ValueError("evidence needs all scores first; score the pairs and give these to adaptrm.select")
         k, fixed = resolve_k(strategy, k, discrepancy_weight, rules, len(self.rules))
         asked = self.ask(pairs)
         slots, numbers = asked.slots(len(self.rules))
@@ -136,7 +138,7 @@ class Judge:
         if not good.all():
             name = asked.ids[int(np.argmin(good))]
             raise ValueError(f"the answers about pair {name!r} are not numbers in {self.dtype}; check the weights")
-        return Selection.of(chosen, margin)
+        return Selection.of(chosen, margin, strategy)
 
     def ask(self, pairs: Sequence[Pair], rules: Int[np.ndarray, "pairs k"] | None = None) -> "Asked":
         """The questions about some pairs, packed: what the host does, no device takes part.
