@@ -327,7 +327,7 @@ def test_a_second_run_in_a_held_folder(here, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("command", "room"),
-    [(TABLE, 1), (TABLE, 2), (LABEL, 1), pytest.param(TRAIN, 20, marks=pytest.mark.slow), (TRAIN, 135)],
+    [(TABLE, 1), (TABLE, 2), (LABEL, 1), *(pytest.param(TRAIN, room, marks=pytest.mark.slow) for room in (20, 135))],
 )
 def test_a_full_disk(here, command, room):
     """No file may grow past some KiB: what a full disk looks like to who writes."""

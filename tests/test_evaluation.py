@@ -73,6 +73,7 @@ def test_what_it_says_is_what_the_model_does(made, run):
     assert told[-1]["evaluation/loss"] < told[0]["evaluation/loss"]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_without_and_evaluation_on_any_mesh(made, run, tmp_path):
     train("reward", options(made, {"data": 2, "fsdp": 1, "tensor": 4}), tmp_path / "other")
     for one, other in zip(lines(run, True), lines(tmp_path / "other", True), strict=True):

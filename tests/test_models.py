@@ -103,6 +103,7 @@ def test_reading_the_leaves_alone_is_reading_all(family, layers):
     assert_equal_to(*both(state, *arrays(packed)), 1e-5)
 
 
+@pytest.mark.slow  # attention alone is held to it by default
 def test_bfloat16_tree_is_no_further_from_float64_than_separate_sequences_are():
     model = random_state(CausalLM, tiny_config())
     # float32 stands for float64: its own error is a thousandth of what is measured here.

@@ -30,6 +30,7 @@ def run(tool: str, *arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_two_settings_of_a_judge_are_compared(arguments):
     pytest.importorskip("qwix", reason="pip install 'adaptrm[int8]'")
     settings = ("conversation-first", "rule-first,bfloat16,int8")
