@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 ATTENTION = "attention"  # names what the backward pass would need a second forward pass for
 MASKED = -1e30  # finite, so that a query without a visible key in a block gives 0 and not nan
@@ -24,6 +24,8 @@ MASKED = -1e30  # finite, so that a query without a visible key in a block gives
 # less that is masked, and one item at a time: of a batch of small products XLA gives each to all cores, which costs
 # more than it saves. An accelerator wants its matrix units full, few iterations, and all items at once.
 PLATFORMS = {"cpu": (64, lax.map), "default": (128, lambda function, items: jax.vmap(function)(items))}
+
+GROUP = 4  # query blocks that take together the key blocks that all of them see whole
 
 
 def tree_attention(
@@ -83,16 +85,43 @@ def _visible(subtree_end_BT: Array, kv_heads: int, block: int) -> tuple[Array, A
 
 def _visible_blocks(end_NS: Int32[Array, "blocks size"]) -> tuple[Array, Array]:
     """For each query block: how many key blocks it sees, and their indices in front, ascending."""
+    return _listed(_sees(end_NS))
+
+
+def _sees(end_NS: Int32[Array, "blocks size"]) -> Bool[Array, "blocks blocks"]:
+    """Whether a query block (row) sees something of a key block (column)."""
     count, size = end_NS.shape
     block = jnp.arange(count)
-    sees = (block[None, :] <= block[:, None]) & (end_NS.max(axis=1)[None, :] > block[:, None] * size)
-    return sees.sum(axis=1), jnp.argsort(~sees, axis=1, stable=True)
+    return (block[None, :] <= block[:, None]) & (end_NS.max(axis=1)[None, :] > block[:, None] * size)
+
+
+def _listed(chosen: Bool[Array, "rows blocks"]) -> tuple[Array, Array]:
+    """Of each row: how many blocks are chosen, and their indices in front, ascending."""
+    return chosen.sum(axis=1), jnp.argsort(~chosen, axis=1, stable=True)
+
+
+def _whole_and_part(end_NS: Int32[Array, "blocks size"], group: int, tokens: int) -> tuple[tuple, tuple]:
+    """Of each group of query blocks the key blocks that all its tokens see whole; of each block what else it sees.
+
+    Most of what a tree's branches see is their common beginning, which takes no mask, and of which a larger product
+    makes less work. What stands after the last of the ``tokens`` may see anything.
+    """
+    count, size = end_NS.shape
+    first = jnp.arange(0, count, group)[:, None] * size
+    last = jnp.minimum(first + group * size, tokens) - 1
+    whole = ((jnp.arange(count) + 1) * size <= first) & (end_NS.min(axis=1) > last)
+    return _listed(whole), _listed(_sees(end_NS) & ~jnp.repeat(whole, group, axis=0))
+
+
+def _products(q_XH, k_SH):
+    """Scaled logits [X, S] of queries against keys, in float32."""
+    return jnp.einsum("xh,sh->xs", q_XH, k_SH, preferred_element_type=jnp.float32) * k_SH.shape[-1] ** -0.5
 
 
 def _logits(q_XH, k_SH, end_S, query_block, key_block):
-    """Scaled logits [X, S] of a query block against a key block, masked, in float32."""
-    size, dim = k_SH.shape
-    logits = jnp.einsum("xh,sh->xs", q_XH, k_SH, preferred_element_type=jnp.float32) * dim**-0.5
+    """``_products`` of a query block and a key block, masked."""
+    size = len(k_SH)
+    logits = _products(q_XH, k_SH)
     query = query_block * size + jnp.arange(size)[:, None]
     key = key_block * size + jnp.arange(size)[None, :]
     sees = (key <= query) & (query < end_S[None, :])
@@ -103,32 +132,56 @@ def _attended(q_BTMH, k_BTKH, v_BTKH, end_BT, block, every):
     """Outputs [batch, tokens, heads, dim] and the logarithms of the softmax's sums [batch, tokens, heads, 1]."""
     tokens, kv_heads, dim = k_BTKH.shape[1:]
     block = min(block, -(-tokens // 8) * 8)
+    group = min(GROUP, -(-tokens // block))
 
     def item(args):
-        q_NXH, k_NSH, v_NSH, end_NS, counts, order = args
+        q_NXH, k_NSH, v_NSH, end_NS, whole, part = args
+        _, size, _ = q_NXH.shape
 
-        def query_block(args):
-            b, q_XH = args
+        def add(carry, logits, v_SH):
+            top, total, out = carry
+            new_top = jnp.maximum(top, logits.max(axis=-1))
+            # Of a query that has seen no key yet all weights are 1; its own key comes last, and shrinks them to 0.
+            weights = jnp.exp(logits - new_top[:, None])
+            shrink = jnp.exp(top - new_top)
+            attended = jnp.einsum("xs,sh->xh", weights.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32)
+            return new_top, total * shrink + weights.sum(axis=-1), out * shrink[:, None] + attended
 
-            def key_block(j, carry):
-                top, total, out = carry
-                c = order[b, j]
-                logits = _logits(q_XH, k_NSH[c], end_NS[c], b, c)
-                new_top = jnp.maximum(top, logits.max(axis=-1))
-                weights = jnp.where(logits > MASKED / 2, jnp.exp(logits - new_top[:, None]), 0.0)
-                shrink = jnp.exp(top - new_top)
-                add = jnp.einsum("xs,sh->xh", weights.astype(v_NSH.dtype), v_NSH[c], preferred_element_type=jnp.float32)
-                return new_top, total * shrink + weights.sum(axis=-1), out * shrink[:, None] + add
+        def query_group(args):
+            g, q_CXH, (whole_count, whole_order), part = args
+            q_XH = q_CXH.reshape(group * size, dim)
+
+            def whole_block(j, carry):
+                c = whole_order[j]
+                return add(carry, _products(q_XH, k_NSH[c]), v_NSH[c])
 
             start = jnp.full(len(q_XH), MASKED), jnp.zeros(len(q_XH)), jnp.zeros((len(q_XH), dim))
-            top, total, out = lax.fori_loop(0, counts[b], key_block, start)
-            return (out / total[:, None]).astype(q_XH.dtype), (top + jnp.log(total))[:, None]
+            carry = lax.fori_loop(0, whole_count, whole_block, start)
 
-        return lax.map(query_block, (jnp.arange(len(q_NXH)), q_NXH))
+            def query_block(args):
+                b, q_XH, (count, order), carry = args
 
+                def key_block(j, carry):
+                    c = order[j]
+                    return add(carry, _logits(q_XH, k_NSH[c], end_NS[c], b, c), v_NSH[c])
+
+                top, total, out = lax.fori_loop(0, count, key_block, carry)
+                return (out / total[:, None]).astype(q_XH.dtype), (top + jnp.log(total))[:, None]
+
+            carry = jax.tree.map(lambda x: x.reshape(group, size, *x.shape[1:]), carry)
+            return lax.map(query_block, (g * group + jnp.arange(group), q_CXH, part, carry))
+
+        groups = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (q_NXH, part))
+        found = lax.map(query_group, (jnp.arange(len(groups[0])), groups[0], whole, groups[1]))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+    q_BTMH, k_BTKH, v_BTKH = (pad_tokens(x, block * group) for x in (q_BTMH, k_BTKH, v_BTKH))
+    end_BNS = end_blocks(end_BT, block * group).reshape(len(end_BT), -1, block)
+    lists = jax.vmap(partial(_whole_and_part, group=group, tokens=tokens))(end_BNS)
     sides = (_blocks(x, kv_heads, block) for x in (q_BTMH, k_BTKH, v_BTKH))
-    found = every(item, (*sides, *_visible(end_BT, kv_heads, block)))
-    return tuple(_tokens(x, k_BTKH.shape[:3], block) for x in found)
+    of_items = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), (end_BNS, *lists))
+    found = every(item, (*sides, *of_items))
+    return tuple(_tokens(x, k_BTKH.shape[:3], block)[:, :tokens] for x in found)
 
 
 def _gradients(q_BTMH, k_BTKH, v_BTKH, end_BT, out_BTMH, log_total_BTM1, grad_BTMH, block, every):
@@ -149,7 +202,7 @@ def _gradients(q_BTMH, k_BTKH, v_BTKH, end_BT, out_BTMH, log_total_BTM1, grad_BT
                 dq, dk, dv = carry
                 c = order[b, j]
                 logits = _logits(q_XH, k_NSH[c], end_NS[c], b, c)
-                weights = jnp.where(logits > MASKED / 2, jnp.exp(logits - log_total_X1), 0.0)
+                weights = jnp.exp(logits - log_total_X1)
                 product = partial(jnp.einsum, preferred_element_type=jnp.float32)
                 dweights = product("xh,sh->xs", grad_XH, v_NSH[c])
                 dlogits = (weights * (dweights - delta_X1) * scale).astype(q_XH.dtype)
