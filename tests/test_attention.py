@@ -220,6 +220,23 @@ def test_key_blocks_that_no_query_sees_are_skipped():
     assert counts.sum() < 0.5 * count * (count + 1) / 2
 
 
+@pytest.mark.parametrize("tokens", [352, 330, 321])  # whole blocks, or some of what stands after the last token
+def test_key_blocks_taken_without_a_mask_are_seen_whole_by_all_queries_of_the_group(tokens):
+    block, group = 16, 4
+    whole_tree = pack([fan(tokens - 8 * 20 - 30, 8, 20), fan(20, 1, 10)], 1, tokens, LEAVES)
+    end = xla.end_blocks(jnp.asarray(whole_tree.subtree_end), block * group).reshape(-1, block)
+    whole, part = xla._whole_and_part(end, group, tokens)
+    sets = [[set(row[:n].tolist()) for n, row in zip(*map(np.asarray, some), strict=True)] for some in (whole, part)]
+    index, ends = np.arange(end.size), np.asarray(end).reshape(-1)
+    sees = (index[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
+    for b in range(-(-tokens // block)):
+        own = sees.reshape(-1, block, len(end), block)[b, : max(0, tokens - b * block)]
+        assert sets[0][b // group] | sets[1][b] == set(np.flatnonzero(own.any(axis=(0, 2))).tolist())
+        assert not sets[0][b // group] & sets[1][b]
+        assert all(own[:, c].all() for c in sets[0][b // group])
+    assert sum(map(len, sets[0])) > 0
+
+
 @pytest.mark.parametrize("lowering", ["xla", "tpu"])
 def test_what_is_skipped_is_never_read(lowering):
     # Two trees whose runs fill whole blocks; the middle branch of the first and all of the second are nan.
