@@ -17,6 +17,9 @@ def check(
     pool: Pool,
     scores: Annotated[str | None, typer.Option(help="Score folder of this pool: check the judge too.")] = None,
     pairs: Annotated[str | None, typer.Option(help="The scored pairs, where they have moved.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Rule labels that people gave to some of the scored responses: JSONL.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find what is wrong with a rule pool, and whether a judge reads its rules.
@@ -24,12 +27,14 @@ def check(
     Errors keep a pool from being loaded (exit code 2). Everything else is advice (exit code 0): near-duplicates,
     comparatives, negations that confuse, two statements in one, odd lengths, unbalanced categories. With --scores:
     how much of what the judge says is one thing about every rule, or length; which rules it has no opinion on, which
-    repeat each other, which never decide; and where people said which response is better, how far it agrees.
+    repeat each other, which never decide; and where people said which response is better, how far it agrees. With
+    --labels also how far its answers are those of people, rule by rule.
     """
     from adaptrm.rules.check import check_pool
 
-    if pairs is not None and scores is None:
-        raise InputError("--pairs goes with --scores, which says what the judge said of them")
+    for option, given in (("--pairs", pairs), ("--labels", labels)):
+        if given is not None and scores is None:
+            raise InputError(f"{option} goes with --scores, which says what the judge said")
     result = check_pool(pool)
     findings, result["findings"] = result["findings"], len(result["findings"]) - result["errors"]
     if as_json:
@@ -47,7 +52,7 @@ def check(
     from adaptrm.health.table import for_people
     from adaptrm.rules import RulePool
 
-    found = check_scores(scores, RulePool.load(pool), pairs)
+    found = check_scores(scores, RulePool.load(pool), pairs, labels)
     if as_json:
         show(result | {"judge": found}, as_json)
         return

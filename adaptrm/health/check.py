@@ -20,6 +20,7 @@ from adaptrm.health.measures import (
     same_answer,
     warnings,
 )
+from adaptrm.health.people import RuleVerdicts
 from adaptrm.health.sums import Sums
 from adaptrm.rules import RulePool
 from adaptrm.selection import select
@@ -47,11 +48,12 @@ def check_pool_of(scores: str, pool: RulePool) -> None:
         )
 
 
-def check_scores(scores: str, pool: RulePool, pairs: str | None = None) -> dict[str, Any]:
+def check_scores(scores: str, pool: RulePool, pairs: str | None = None, labels: str | None = None) -> dict[str, Any]:
     """Measure a judge on a score folder; memory does not depend on the number of pairs.
 
     Args:
         pairs: where the scored pairs lie now; None takes the manifest's word.
+        labels: a rule-label file of some of the replies.
 
     Returns:
         Pairs, those with a preference of people, share of the first direction, whether it answers rules of both signs
@@ -60,14 +62,15 @@ def check_scores(scores: str, pool: RulePool, pairs: str | None = None) -> dict[
         decide, all of each rule, and warnings. What needs people is empty without them. *Centred*: the mean over the
         rules is taken from each reply's scores, so that what is said by all rules alike counts nothing. What people
         preferred is one thing for all rules, so the mean AUC of centred scores is about .5 or less for a good judge
-        too; a vote of centred scores that agrees with people more than by chance shows one that tells rules apart.
+        too; a vote of centred scores that agrees with people more than by chance shows one that tells rules apart. With
+        labels also what ``RuleVerdicts.found`` says; centred areas over .5 there show a judge that reads the rule.
 
     Raises:
-        InputError: scores, pool and pairs do not belong together.
+        InputError: scores, pool, pairs and labels do not belong together.
     """
     check_pool_of(scores, pool)
     sums, decided, right = Sums(len(pool)), np.zeros(len(pool), np.int64), Counter()
-    k = min(K, len(pool))
+    verdicts, k = labels and RuleVerdicts(labels, pool), min(K, len(pool))
     for batch, of_batch in read_scored(scores, pairs_of(scores, pairs), with_mass=True):
         preferred = preferences(of_batch)
         # Centred scores reach from -2 to 2: they are halved, and their differences count twice.
@@ -87,8 +90,13 @@ def check_scores(scores: str, pool: RulePool, pairs: str | None = None) -> dict[
         sums.add_levels(batch.a, batch.b)
         sums.add_mass(batch.label_mass_a, batch.label_mass_b)
         sums.add_preferred(batch.a, batch.b, preferred)
+        if verdicts:
+            verdicts.add(of_batch, batch.a, batch.b)
     control = read_control(scores, len(pool))
-    return _found(sums, decided, right, control and control[1], pool)
+    found = _found(sums, decided, right, control and control[1], pool)
+    if verdicts:
+        found["labels"] = verdicts.found()
+    return found | {"warnings": list(warnings(found))}
 
 
 def _found(
@@ -99,7 +107,7 @@ def _found(
     again = repeated(sums.products)
     signs = np.array([rule.sign for rule in pool])
     enough = decided.sum() >= EXPECTED * len(pool)
-    found = {
+    return {
         "pairs": sums.pairs,
         "people": sums.said,
         **measured(sums),
@@ -114,7 +122,6 @@ def _found(
         "never_decide": [id for id, rule in rules.items() if enough and not rule["decides"] and id not in reasons],
         "by_rule": rules,
     }
-    return found | {"warnings": list(warnings(found))}
 
 
 def _mean(rules: Mapping[str, Mapping[str, float]], name: str) -> float:

@@ -185,11 +185,22 @@ def warnings(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"another rule says the same as {_named(said.values(), len(rules))}; adaptrm rules reduce drops them"
     if never := found["never_decide"]:
         yield f"max-discrepancy never selects {_named(never, len(rules))}"
+    if (said := found.get("labels")) and not tells_rules_apart(said):
+        yield (
+            "less what it says of all rules alike, its answers cannot be told from chance: mean AUC "
+            f"{said['mean_auc']['centred']:.2f} against people's labels of {said['rules']} rules on {said['replies']} "
+            "replies"
+        )
     for how, vote in found["votes"].items():
         error = ERRORS * 0.5 / found["people"] ** 0.5
         if how == "max_discrepancy" and vote < 0.5 + error:
             state = "points at the worse response" if vote < 0.5 - error else "cannot be told from chance"
             yield f"its vote {state}: it agrees with people on {100 * vote:.0f} % of {found['people']} pairs"
+
+
+def tells_rules_apart(said: Mapping[str, Any]) -> bool:
+    """Whether people's labels show a judge to answer each rule better than chance, by what ``RuleVerdicts`` found."""
+    return said["rules"] < 2 or said["mean_auc"]["centred"] > 0.5 + ERRORS * said["chance_error"]
 
 
 def _named(names, rules: int) -> str:
