@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 # Imported on first use: `import adaptrm` and `adaptrm --help` must not wait for jax.
 _HOMES = {
+    "EvidenceWeights": "adaptrm.evidence",
     "InputError": "adaptrm.errors",
     "Judge": "adaptrm.judge",
     "Pair": "adaptrm.data.preferences",
@@ -14,6 +15,7 @@ _HOMES = {
     "RulePool": "adaptrm.rules",
     "Scores": "adaptrm.data.scores",
     "Selection": "adaptrm.selection",
+    "fit_evidence": "adaptrm.evidence",
     "load_pairs": "adaptrm.data.preferences",
     "select": "adaptrm.selection",
 }

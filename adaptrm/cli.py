@@ -51,6 +51,7 @@ class Template(StrEnum):
 
 class Strategy(StrEnum):
     max_discrepancy = "max-discrepancy"
+    evidence = "evidence"
     all = "all"
     random = "random"
     fixed = "fixed"
@@ -154,13 +155,27 @@ def label(
     discrepancy_weight: Annotated[float, typer.Option(help="Weight of |a - b| beside relevance.")] = 0.5,
     rule: Annotated[list[str] | None, typer.Option(help="A rule id, for strategy fixed; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="For strategy random.")] = 0,
+    gold: Annotated[str | None, typer.Option(help="People's verdicts on pairs, to fit evidence by.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Evidence by the weights in this file.")] = None,
+    save_weights: Annotated[str | None, typer.Option(help="Where to write the weights that evidence fits.")] = None,
+    fall_back: Annotated[
+        bool, typer.Option("--fall-back", help="Max-discrepancy, where scores cannot support evidence.")
+    ] = False,
+    project_length: Annotated[
+        bool, typer.Option("--project-length", help="Evidence takes what goes along with length for noise.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Select the rules that decide each pair and label it."""
+    from adaptrm.evidence.job import EvidenceOptions
+    from adaptrm.evidence.table import for_people
     from adaptrm.label import LabelJob
     from adaptrm.label import label as run
 
-    show(run(LabelJob(scores, out, pairs, strategy.value, k, discrepancy_weight, tuple(rule or ()), seed)), as_json)
+    evidence = EvidenceOptions(weights, save_weights, fall_back, project_length)
+    rules = tuple(rule or ())
+    found = run(LabelJob(scores, out, pairs, strategy.value, k, discrepancy_weight, rules, seed, gold, evidence))
+    show(found if as_json else for_people(found), as_json)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from adaptrm.data.labels import Label, write_labels
 from adaptrm.data.scored_pairs import pairs_of, read_scored
 from adaptrm.data.scores import read_manifest
 from adaptrm.errors import InputError
+from adaptrm.evidence.checks import by_rule
+from adaptrm.evidence.job import EvidenceOptions, weighed
 from adaptrm.health.check import lengths
 from adaptrm.health.measures import main_warnings, measured
 from adaptrm.health.sums import Sums
@@ -26,6 +28,8 @@ class LabelJob:
     Attributes:
         pairs: where the pairs lie now; None takes the manifest's word.
         rules: ids for strategy ``fixed``.
+        gold: people's verdicts, by which strategy ``evidence`` fits weights.
+        evidence: more of that strategy.
     """
 
     scores: str
@@ -36,6 +40,8 @@ class LabelJob:
     discrepancy_weight: float = 0.5
     rules: tuple[str, ...] = ()
     seed: int = 0
+    gold: str | None = None
+    evidence: EvidenceOptions = field(default_factory=EvidenceOptions)
 
 
 def label(job: LabelJob) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def label(job: LabelJob) -> dict[str, Any]:
     Returns:
         Pairs, labels, ties, agreement with the pairs' own ``preferred`` (None where they have none), the rules that
         decided most often, and whether the judge reads them: share of the first direction of its differences, their
-        correlation with length.
+        correlation with length. With strategy ``evidence`` the report of its weights too.
 
     Raises:
         InputError: scores and pairs do not belong together, or an argument is wrong.
@@ -55,6 +61,7 @@ def label(job: LabelJob) -> dict[str, Any]:
     if unknown := [rule for rule in job.rules if rule not in rule_ids]:
         raise InputError(f"{job.scores}: has no rule {unknown[0]!r}; its rules are in manifest.json")
     fixed = [rule_ids.index(rule) for rule in job.rules] or None
+    strategy, weights = weighed(job.scores, source, job.strategy, job.gold, job.evidence)
     counts: Counter[str] = Counter()
     decided, sums = np.zeros(len(rule_ids), np.int64), Sums(len(rule_ids))
 
@@ -66,10 +73,11 @@ def label(job: LabelJob) -> dict[str, Any]:
                     scores.a,
                     scores.b,
                     scores.relevance,
-                    job.strategy,
+                    strategy,
                     job.k,
                     job.discrepancy_weight,
                     fixed,
+                    weights,
                     seed=job.seed,
                     ids=scores.ids,
                     first_row=row,
@@ -96,10 +104,14 @@ def label(job: LabelJob) -> dict[str, Any]:
     health = measured(sums)
     for warning in main_warnings(health, sums.pairs, len(rule_ids)):
         say(f"{job.scores}: {warning}")
+    evidence = {}
+    if weights is not None:
+        rules = by_rule(weights, rule_ids, decided / max(counts["pairs"], 1))
+        evidence = {"evidence": dict(weights.report) | {"by_rule": rules}}
     most = np.argsort(-decided, kind="stable")[:10].tolist()
     return {
         "labels": str(job.out),
-        "strategy": job.strategy,
+        "strategy": strategy,
         "pairs": counts["pairs"],
         "labelled": written,
         "ties": counts["ties"],
@@ -107,4 +119,5 @@ def label(job: LabelJob) -> dict[str, Any]:
         "compared": counts["compared"],
         "deciding_rules": {rule_ids[rule]: int(decided[rule]) for rule in most if decided[rule]},
         **health,
+        **evidence,
     }

@@ -220,6 +220,7 @@ LAYERS = [
     ["hf", "data", "rules"],
     ["selection"],
     ["judge", "health"],  # the judge selects in the program that scores
+    ["evidence"],
     ["train"],
     ["evaluate"],
     ["reward_model", "rule_adapter", "label", "export"],

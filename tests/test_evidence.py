@@ -2,17 +2,14 @@
 
 import numpy as np
 import pytest
+from evidence_worlds import as_scores, scores_of
 
+from adaptrm import fit_evidence
 from adaptrm.selection import EvidenceWeights, fit_weights, select
 from adaptrm.selection.theory import WORLDS, top_vote
 
 PAIRS, RULES = 20_000, 100
-
-
-def as_scores(d: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Scores with these discrepancies, up to a factor; relevance 1 everywhere."""
-    half = (d / np.abs(d).max()).astype(np.float32)
-    return half, -half, np.ones_like(half)
+FEWER, GOLD = 6_000, 200
 
 
 def accuracy(label: np.ndarray, preference: np.ndarray) -> float:
@@ -51,7 +48,7 @@ def test_given_nothing_but_the_discrepancies(name):
     world = WORLDS[name]
     preference, d = world.sample(np.random.default_rng(7), PAIRS)
     scores = as_scores(d)
-    weights = fit_weights(scores[0] - scores[1])
+    weights = fit_evidence(scores_of(d))
     five = accuracy(select(*scores, "evidence", weights=weights).preferred, preference)
     published = accuracy(top_vote(d), preference)
     if name in ("noisy 20", "junk 20", "opposed 10"):
@@ -62,6 +59,24 @@ def test_given_nothing_but_the_discrepancies(name):
     if world.independent and world.weights is not None and world.base is None:
         every = accuracy(select(*scores, "evidence", RULES, weights=weights).preferred, preference)
         assert every >= accuracy(np.sign(d @ world.weights), preference) - 0.005
+    # Ten groups of rules that go along with each other look like so many preferences, and that is said.
+    assert bool(weights.report["warnings"]) == (not world.independent)
+
+
+@pytest.mark.parametrize("name", ["nuisance on half", "nuisance on all"])
+def test_a_shared_nuisance_is_told_by_gold_or_warned_of(name):
+    preference, d = WORLDS[name].sample(np.random.default_rng(7), FEWER)
+    scores, given = as_scores(d), scores_of(d)
+    (warning,) = fit_evidence(given).report["warnings"]
+    assert warning.startswith("the hidden preference cannot be told from a nuisance that many rules share")
+    published = accuracy(top_vote(d), preference)
+    for seed in range(2):
+        people = np.random.default_rng(seed).choice(FEWER, GOLD, replace=False)
+        weights = fit_evidence(given, {given.ids[i]: int(preference[i]) for i in people})
+        five = accuracy(select(*scores, "evidence", weights=weights).preferred, preference)
+        assert five >= published - 0.01
+        if name == "nuisance on half":
+            assert five > published + 0.01 and not weights.report["warnings"]
 
 
 def test_the_order_of_rules_and_of_responses_changes_nothing():
