@@ -2,8 +2,8 @@
 
 Flash attention (Dao et al. 2022) over blocks of queries and keys, with the list of visible key blocks of each query
 block worked out from ``subtree_end`` alone: key block c is visible to query block b when c <= b and the largest
-``subtree_end`` in c lies beyond b's first query. Differentiated by hand, because a loop whose length depends on the
-data has no automatic reverse.
+``subtree_end`` in c lies beyond b's first query. What several query blocks see whole they take at once, without a mask.
+Differentiated by hand, because a loop whose length depends on the data has no automatic reverse.
 
 Shape suffixes: B batch, T tokens, M query heads, K kv heads, G query heads a kv head, H head dim, I items (the kv heads
 of all rows), N blocks, S block size, X queries of a block by G.
@@ -24,7 +24,6 @@ MASKED = -1e30  # finite, so that a query without a visible key in a block gives
 # less that is masked, and one item at a time: of a batch of small products XLA gives each to all cores, which costs
 # more than it saves. An accelerator wants its matrix units full, few iterations, and all items at once.
 PLATFORMS = {"cpu": (64, lax.map), "default": (128, lambda function, items: jax.vmap(function)(items))}
-
 GROUP = 4  # query blocks that take together the key blocks that all of them see whole
 
 
