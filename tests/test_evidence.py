@@ -79,6 +79,18 @@ def test_a_shared_nuisance_is_told_by_gold_or_warned_of(name):
             assert five > published + 0.01 and not weights.report["warnings"]
 
 
+@pytest.mark.parametrize("name", ["noisy 20", "correlated"])
+def test_gold_costs_nothing_where_it_is_not_needed(name):
+    """The vote of all rules is right with either weights in the noisy world; that of five is not."""
+    preference, d = WORLDS[name].sample(np.random.default_rng(7), FEWER)
+    given = scores_of(d)
+    gold = {id: int(sign) for id, sign in zip(given.ids[:GOLD], preference, strict=False)}
+    weights = fit_evidence(given, gold)
+    five = accuracy(select(*as_scores(d), "evidence", weights=weights).preferred, preference)
+    assert five >= (0.985 if name == "noisy 20" else accuracy(top_vote(d), preference) - 0.02)
+    assert weights.report["warnings"] == []
+
+
 def test_the_order_of_rules_and_of_responses_changes_nothing():
     _, d = WORLDS["noisy 20"].sample(np.random.default_rng(3), 2000)
     d = d.astype(np.float32)

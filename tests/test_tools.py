@@ -84,3 +84,10 @@ def test_selection_is_measured_beside_others():
     found = run("bench_select.py", "--label", "50", "20", "--rules", "7", "--part", "16")
     assert found["equal"] and [one["pairs"] for one in found["runs"]] == [50, 20]
     assert all(one["labelled"] == one["lines"] > 0 for one in found["runs"])
+
+
+@pytest.mark.slow
+def test_the_fit_of_evidence_is_measured():
+    found = run("bench_evidence.py", "--pairs", "6000", "9000", "--rules", "20", "--part", "1000")
+    assert found["good"] and [one["pairs_fitted"] for one in found["runs"]] == [6000, 9000]
+    assert all(one[side]["cpu_seconds"] > 0 for one in found["runs"] for side in ("read", "fit"))

@@ -15,9 +15,10 @@ from adaptrm.selection.evidence import EvidenceWeights, noise_edge
 
 LEAST_VERDICTS = 20  # of which cross-validation can tell anything
 FOLDS = 10
-RIDGE = 1.0  # a normal prior of unit variance on the log-odds that a direction of unit size gives
+RIDGE = 1.0  # a normal prior of unit variance on the log-odds that directions of unit size which go together give
 MOST_FACTORS = 10
 LEAST_OWN = 0.01  # share of a rule's variance that no factor accounts for
+VOTERS = 5  # rules a pair, as published
 STEPS = 50  # of Newton's method, at most
 
 
@@ -25,10 +26,11 @@ class GoldFit(NamedTuple):
     """Weights that verdicts chose.
 
     Attributes:
-        losses: mean negative log-likelihood of each candidate on verdicts that it was not fitted to; log 2 is chance.
+        losses: mean negative log-likelihood of each candidate on verdicts that it was not fitted to, half of it by the
+            vote of all rules and half by that of the five with the largest evidence; log 2 is chance.
         chosen: the candidate taken.
         gain: by how much its loss is below chance, and the standard error of that.
-        agreement: with the verdicts that it was not fitted to.
+        agreement: of the vote of all rules with the verdicts that it was not fitted to.
     """
 
     weights: EvidenceWeights
@@ -78,24 +80,28 @@ def fit_gold(
     if shared.shape[1]:
         candidates |= {"factors": scores, "factors and plain": np.concatenate([scores, plain], axis=1)}
     turned = d * verdicts[:, None]  # the better response's discrepancies
-    tried = {name: _cross_validated(turned, directions) for name, directions in candidates.items()}
-    chosen = min(tried, key=lambda name: tried[name].mean())
-    weights = _vote(turned, candidates[chosen]) / 2  # a vote's log-odds are 2 w . d
-
     whole = np.eye(len(speaks))
     whole[np.ix_(speaks, speaks)] = (shared @ shared.T + np.diag(own)) * np.outer(deviation, deviation)
-    size = float(weights @ whole @ weights)
-    a = whole @ weights * ((math.sqrt(1 + 4 * size) - 1) / (2 * size) if size > 0 else 1.0)
-    sigma = whole - np.outer(a, a)
-    gains = math.log(2) - tried[chosen]
+    tried = {name: _cross_validated(turned, directions, whole) for name, directions in candidates.items()}
+    chosen = min(tried, key=lambda name: tried[name].mean())
+    weights = _standing_for(_vote(turned, candidates[chosen]), whole)
+    gains = math.log(2) - tried[chosen].mean(axis=0)
     return GoldFit(
-        EvidenceWeights(a.astype(np.float32), sigma.astype(np.float32)),
+        EvidenceWeights(*(x.astype(np.float32) for x in weights)),
         {name: float(losses.mean()) for name, losses in tried.items()},
         chosen,
         [float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains)))],
-        float((np.sign(gains) + 1).mean() / 2),
+        float((np.sign(math.log(2) - tried[chosen][0]) + 1).mean() / 2),
         shared.shape[1],
     )
+
+
+def _standing_for(log_odds: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a and sigma of a vote, given the second moments of the rules."""
+    weights = log_odds / 2  # the log-odds are 2 w . d
+    size = float(weights @ whole @ weights)
+    a = whole @ weights * ((math.sqrt(1 + 4 * size) - 1) / (2 * size) if size > 0 else 1.0)
+    return a, whole - np.outer(a, a)
 
 
 def factors(correlation: Float64[np.ndarray, "rules rules"], pairs: int) -> Float64[np.ndarray, "rules factors"]:
@@ -114,13 +120,23 @@ def factors(correlation: Float64[np.ndarray, "rules rules"], pairs: int) -> Floa
     return loadings
 
 
-def _cross_validated(turned: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of each verdict, by a vote fitted to the others."""
+def _cross_validated(
+    turned: np.ndarray, directions: np.ndarray, whole: np.ndarray
+) -> Float64[np.ndarray, "2 verdicts"]:
+    """Negative log-likelihood of each verdict, by a vote fitted to the others: of all rules, and of a few.
+
+    That of all tells more of a vote from few verdicts; that of a few is what labels are made by.
+    """
     fold = np.arange(len(turned)) % FOLDS
-    losses = np.zeros(len(turned))
+    losses = np.zeros((2, len(turned)))
     for left_out in range(FOLDS):
-        vote = _vote(turned[fold != left_out], directions)
-        losses[fold == left_out] = np.logaddexp(0, -turned[fold == left_out] @ vote)
+        log_odds = _vote(turned[fold != left_out], directions)
+        a, sigma = _standing_for(log_odds, whole)
+        rows = turned[fold == left_out]
+        top = np.argsort(-np.abs(rows * log_odds), axis=1, kind="stable")[:, :VOTERS]
+        own = np.linalg.solve(sigma[top[:, :, None], top[:, None]], a[top][..., None])[..., 0]
+        of_few = (2 * own * np.take_along_axis(rows, top, axis=1)).sum(axis=1)
+        losses[:, fold == left_out] = np.logaddexp(0, -np.stack([rows @ log_odds, of_few]))
     return losses
 
 
@@ -129,11 +145,11 @@ def _vote(turned: np.ndarray, directions: np.ndarray) -> Float64[np.ndarray, " r
     size = np.sqrt(((turned @ directions) ** 2).mean(axis=0))
     directions = directions / np.where(size > 0, size, 1)
     x = turned @ directions
-    found = np.zeros(x.shape[1])
+    found, ridge = np.zeros(x.shape[1]), RIDGE * x.shape[1]
     for _ in range(STEPS):
         wrong = 1 / (1 + np.exp(np.clip(x @ found, -30, 30)))
-        curvature = (x * (wrong * (1 - wrong))[:, None]).T @ x + RIDGE * np.eye(len(found))
-        step = np.linalg.solve(curvature, x.T @ wrong - RIDGE * found)
+        curvature = (x * (wrong * (1 - wrong))[:, None]).T @ x + ridge * np.eye(len(found))
+        step = np.linalg.solve(curvature, x.T @ wrong - ridge * found)
         found += step
         if np.abs(step).max() < 1e-8:
             break
