@@ -12,6 +12,7 @@ _HOMES = {
     "Judge": "adaptrm.judge",
     "Pair": "adaptrm.data.preferences",
     "RewardModel": "adaptrm.reward_model",
+    "RuleAdapter": "adaptrm.rule_adapter",
     "RulePool": "adaptrm.rules",
     "Scores": "adaptrm.data.scores",
     "Selection": "adaptrm.selection",

@@ -32,11 +32,13 @@ PAIRS = "JSONL(.gz), Parquet, a folder of save_to_disk, or a hub name OWNER/NAME
 class Verb(StrEnum):
     reward = "reward"
     judge = "judge"
+    adapter = "adapter"
 
 
 class Suite(StrEnum):
     pairs = "pairs"
     rewardbench = "rewardbench"
+    rules = "rules"
 
 
 class StepKind(StrEnum):
@@ -124,12 +126,16 @@ def score(
     control: Annotated[
         int, typer.Option(min=0, help="Ask about an empty response to so many prompts too, for rules check.")
     ] = 0,
+    adapter: Annotated[
+        str | None, typer.Option(help="Rule adapter: the judge is asked about the rules that it chooses alone.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Rules a pair that the adapter chooses.")] = 5,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count tokens and predict the time, write nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Score both responses of every pair against every rule."""
+    """Score both responses of every pair against every rule, or those that an adapter chooses."""
     from adaptrm.parallel.distributed import start_processes
 
     start_processes()
@@ -140,9 +146,14 @@ def score(
     table = (tuple(columns or ()), value_range)
     job = ScoreJob(
         *(pairs, judge, rules, out, template.value, dtype.value, part_size, on_bad_row.value, truncate_to, *table),
-        *(quantize and quantize.value, tensor, control),
+        *(quantize and quantize.value, tensor, control, k),
     )
-    show(predict(job) if dry_run else run(job), as_json)
+    chooser = None
+    if adapter is not None:
+        from adaptrm.rule_adapter import RuleAdapter
+
+        chooser = RuleAdapter.from_pretrained(adapter, dtype.value, job.mesh())
+    show((predict if dry_run else run)(job, chooser), as_json)
 
 
 @app.command()
@@ -151,7 +162,7 @@ def label(
     out: Annotated[str, typer.Option(help="Label file: JSONL or Parquet by its name.")],
     pairs: Annotated[str | None, typer.Option(help="The scored pairs, where they have moved.")] = None,
     strategy: Annotated[Strategy, typer.Option(help="How rules are selected.")] = Strategy.max_discrepancy,
-    k: Annotated[int, typer.Option(help="Rules a pair.")] = 5,
+    k: Annotated[int, typer.Option(help="Rules a pair; where an adapter chose them, all of those.")] = 5,
     discrepancy_weight: Annotated[float, typer.Option(help="Weight of |a - b| beside relevance.")] = 0.5,
     rule: Annotated[list[str] | None, typer.Option(help="A rule id, for strategy fixed; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="For strategy random.")] = 0,
@@ -185,20 +196,23 @@ def train(
     config: Annotated[str, typer.Argument(help="A config: a name or a YAML file.")],
     data: Annotated[str | None, typer.Option(help=f"Pairs: {PAIRS}.")] = None,
     labels: Annotated[str | None, typer.Option(help="Label file, or 'human'; for a judge a rule-label file.")] = None,
-    rules: Annotated[str | None, typer.Option(help="Rule pool of the rule labels.")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rule pool of a judge's rule labels, or of an adapter.")] = None,
+    scores: Annotated[
+        str | None, typer.Option(help="Of an adapter: a score folder, instead of labels whose rules it learns.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Start from this model.")] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; an unfinished run goes on. [runs/CONFIG]")] = None,
     on_bad_row: Annotated[OnBadRow | None, BAD_ROW] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Write a trace of a few steps to RUN/profile.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a reward model or a judge; any option of the config as --section.key VALUE."""
+    """Train a reward model, a judge or a rule adapter; any option of the config as --section.key VALUE."""
     from pathlib import Path
 
     from adaptrm.config import load_options
 
     named = {"data.pairs": data, "data.labels": labels, "data.rules": rules, "model.pretrained": model}
-    named["data.on_bad_row"] = on_bad_row and on_bad_row.value
+    named |= {"data.scores": scores, "data.on_bad_row": on_bad_row and on_bad_row.value}
     overrides = dotted(ctx.args) | {key: value for key, value in named.items() if value is not None}
     options = load_options(config, what.value, overrides)
     from adaptrm.parallel.distributed import start_processes
@@ -236,19 +250,35 @@ def plan(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Reward model: a folder, a hub name or a run of train reward.")],
+    model: Annotated[
+        str, typer.Argument(help="Reward model (of suite rules, rule adapter): a folder, a hub name or a run of train.")
+    ],
     data: Annotated[str, typer.Option(help=f"Pairs that people labelled: {PAIRS}.")],
     out: Annotated[str, typer.Option(help="FILE.json; FILE.rows.parquet is written beside it.")],
-    suite: Annotated[Suite, typer.Option(help="What is measured.")] = Suite.pairs,
+    suite: Annotated[
+        Suite, typer.Option(help="What is measured; rules: an adapter's choice against --scores of all rules.")
+    ] = Suite.pairs,
+    scores: Annotated[str | None, typer.Option(help="Of suite rules: score folder of the pairs.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="Of suite rules: rules a pair.")] = 5,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the model.")] = Dtype.float32,
     on_bad_row: BadRow = OnBadRow.fail,
     truncate_to: TruncateTo = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a reward model's accuracy."""
+    """Measure a reward model's accuracy, or how well an adapter chooses rules."""
     from adaptrm.parallel.distributed import start_processes
 
     start_processes()
+    if suite is Suite.rules:
+        from adaptrm.evaluate import rule_choice
+        from adaptrm.rule_adapter import RuleAdapter
+
+        if scores is None or truncate_to is not None:
+            raise InputError("--suite rules needs --scores, a score folder of all rules, and cuts no pair")
+        adapter = RuleAdapter.from_pretrained(model, dtype.value)
+        result = rule_choice.evaluate_rules(adapter, scores, data, out, k, model=model, dtype=dtype.value)
+        show(result if as_json else rule_choice.for_people(result), as_json)
+        return
     from adaptrm.data.rows import BadRows
     from adaptrm.data.truncation import Truncation, usable
     from adaptrm.evaluate import SUITES, evaluate_pairs

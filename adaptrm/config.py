@@ -57,6 +57,7 @@ class ModelOptions:
     remat: Literal["layer", "attention", "dots", "none"] = "layer"  # from least memory to least work
     lora: LoraOptions | None = None
     average_with_start: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the start in the exported weights
+    rule_ids: tuple[str, ...] = ()  # what an adapter's labels are of; a run writes down those of data.rules
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -76,6 +77,7 @@ class DataOptions:
     labels: str | None = None
     mix: tuple[MixOptions, ...] = ()  # as general pairs beside safety labels
     rules: str | None = None
+    scores: str | None = None  # of an adapter: a score folder to learn from, instead of labels
     template: str = "conversation-first"
     row_length: RowLength = 1024
     rows_per_step: Rows = 8
@@ -87,13 +89,17 @@ class DataOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class LossOptions:
-    """What a reward model learns from pairs, or from sets of responses (best-of-n) where the kind is another."""
+    """What a reward model learns from pairs, or from sets of responses (best-of-n) where the kind is another.
+
+    Of an adapter ``k`` alone.
+    """
 
     kind: Literal["bradley-terry", "plackett-luce", "all-pairs"] = "bradley-terry"
     soft_labels: bool = False  # the label's probability, not only its choice
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     margin: bool = False  # by how much the chosen response should win: the column of that name
     center_rewards: NotNegative = 0.0  # times (r_A + r_B)^2
+    k: PositiveInt = 5  # of an adapter: rules a pair; overlap@k is its accuracy
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -135,6 +141,7 @@ class EvaluationOptions:
 
     pairs: str | None = None
     labels: str | None = None  # as of the data; pairs without labels have their own preferences
+    scores: str | None = None  # of an adapter, as of the data
     every_steps: PositiveInt = 100
     stop_after: PositiveInt | None = None  # so many evaluations in a row without a better accuracy
 
@@ -198,8 +205,8 @@ def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, A
 # Options that hold paths and names: never read as YAML, so that a folder called "on" stays a folder.
 TEXTS = (
     *("model.pretrained", "model.checkpoint", "model.scratch.tokenizer"),
-    *("data.pairs", "data.labels", "data.rules", "data.template"),
-    *("evaluation.pairs", "evaluation.labels"),
+    *("data.pairs", "data.labels", "data.rules", "data.scores", "data.template"),
+    *("evaluation.pairs", "evaluation.labels", "evaluation.scores"),
 )
 
 

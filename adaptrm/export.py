@@ -40,8 +40,9 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, check: bool = Fal
     Several processes share the model; they need to see one folder, and process 0 writes it.
 
     Returns:
-        Largest difference from what the checkpoint computes for some conversations (rewards of a reward model,
-        next-token log-probabilities of a judge), by reader: ``adaptrm``, and ``transformers`` where torch is installed.
+        Largest difference from what the checkpoint computes for some conversations (rewards of a reward model, logits
+        of an adapter, next-token log-probabilities of a judge), by reader: ``adaptrm``, and ``transformers`` where
+        torch is installed.
 
     Raises:
         InputError: not a run, no checkpoint, or the folder holds something else.
@@ -50,11 +51,11 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, check: bool = Fal
     start = open_run(run)
     mesh = make_mesh()
     definition, params = start.checkpoint(run, mesh)
-    save_model(out, params, start.raw, start.chat, start.pad, start.name)
+    save_model(out, params, start.raw, start.chat, start.pad, start.name, start.model.rule_ids)
     if not check:
         return {}
     wait_for_all()  # process 0 writes
-    pad_id = start.pad[1] if start.kind == "reward" else None
+    pad_id = None if start.kind == "judge" else start.pad[1]
     return verify(out, probe(definition, params, start.chat, pad_id, mesh))
 
 
@@ -63,7 +64,8 @@ def verify(out: str | os.PathLike, expected: np.ndarray) -> dict[str, float]:
     folder = open_folder(out)
     model_type = SequenceClassifier if folder.is_classifier else CausalLM
     mesh = make_mesh()
-    definition, params, _ = load_weights(folder, model_type, mesh, dtype="float32")
+    labels = len(folder.label_names) or 1
+    definition, params, _ = load_weights(folder, model_type, mesh, num_labels=labels, dtype="float32")
     pad_id = folder.pad_token_id if folder.is_classifier else None
     chat = ChatTokenizer.from_folder(folder.path)
     found = {"adaptrm": _difference(expected, probe(definition, params, chat, pad_id, mesh))}
@@ -76,7 +78,7 @@ def verify(out: str | os.PathLike, expected: np.ndarray) -> dict[str, float]:
 
 
 def probe(definition, params, chat: ChatTokenizer, pad_id: int | None, mesh) -> np.ndarray:
-    """What a model computes for the probes: rewards, or next-token log-probabilities."""
+    """What a model computes for the probes: rewards or logits of rules, or next-token log-probabilities."""
 
     @jax.jit
     def program(params, tokens, positions, subtree_end, leaves):
@@ -96,7 +98,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _transformers(folder: Path, is_classifier: bool) -> np.ndarray:
-    """What transformers computes for the probes: rewards in one padded batch, or log-probabilities one by one."""
+    """What transformers computes for the probes: logits of one padded batch, or log-probabilities one by one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging

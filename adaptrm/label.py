@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from adaptrm import paths
 from adaptrm.data.labels import Label, write_labels
 from adaptrm.data.scored_pairs import pairs_of, read_scored
-from adaptrm.data.scores import read_manifest
+from adaptrm.data.scores import Batch, chosen_rules, judged, read_manifest
 from adaptrm.errors import InputError
 from adaptrm.evidence.checks import by_rule
 from adaptrm.evidence.job import EvidenceOptions, weighed
@@ -18,7 +18,7 @@ from adaptrm.health.check import lengths
 from adaptrm.health.measures import main_warnings, measured
 from adaptrm.health.sums import Sums
 from adaptrm.progress import say
-from adaptrm.selection import select
+from adaptrm.selection import EvidenceWeights, Selection, select
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class LabelJob:
 def label(job: LabelJob) -> dict[str, Any]:
     """Select rules, label the pairs and write the labels; ties are left out and counted.
 
+    Where an adapter chose the rules of each pair, exactly these decide, whatever ``k`` is.
+
     Returns:
         Pairs, labels, ties, agreement with the pairs' own ``preferred`` (None where they have none), the rules that
         decided most often, and whether the judge reads them: share of the first direction of its differences, their
@@ -57,7 +59,13 @@ def label(job: LabelJob) -> dict[str, Any]:
     """
     source = pairs_of(job.scores, job.pairs)
     paths.check_apart(job.out, source)
-    rule_ids = list(read_manifest(job.scores)["rules"])
+    manifest = read_manifest(job.scores)
+    rule_ids, all_judged = list(manifest["rules"]), chosen_rules(manifest) is None
+    if not all_judged and job.strategy not in ("max-discrepancy", "all"):
+        raise InputError(
+            f"{job.scores}: an adapter chose the rules of each pair, and these decide; leave out --strategy "
+            f"{job.strategy}, or score all rules"
+        )
     if unknown := [rule for rule in job.rules if rule not in rule_ids]:
         raise InputError(f"{job.scores}: has no rule {unknown[0]!r}; its rules are in manifest.json")
     fixed = [rule_ids.index(rule) for rule in job.rules] or None
@@ -67,25 +75,14 @@ def label(job: LabelJob) -> dict[str, Any]:
 
     def labels() -> Iterator[Label]:
         row = 0
-        for scores, pairs in read_scored(job.scores, source):
+        for scores, pairs in read_scored(job.scores, source, chosen=True):
             try:
-                chosen = select(
-                    scores.a,
-                    scores.b,
-                    scores.relevance,
-                    strategy,
-                    job.k,
-                    job.discrepancy_weight,
-                    fixed,
-                    weights,
-                    seed=job.seed,
-                    ids=scores.ids,
-                    first_row=row,
-                )
+                chosen = _selection(job, scores, strategy, fixed, weights, row)
             except ValueError as wrong:
                 raise InputError(f"{job.scores}: {wrong}") from None
             np.add.at(decided, chosen.rules[chosen.preferred != 0], 1)
-            sums.add(scores.a, scores.b, scores.relevance, lengths(pairs))
+            if all_judged:
+                sums.add(scores.a, scores.b, scores.relevance, lengths(pairs))
             said = (chosen.preferred, chosen.rules, chosen.margin, chosen.probability)
             for pair, sign, selected, margin, p in zip(pairs, *(x.tolist() for x in said), strict=True):
                 counts["pairs"] += 1
@@ -101,8 +98,8 @@ def label(job: LabelJob) -> dict[str, Any]:
             row += len(scores.ids)
 
     written = write_labels(job.out, labels())
-    health = measured(sums)
-    for warning in main_warnings(health, sums.pairs, len(rule_ids)):
+    health = measured(sums) if all_judged else {}
+    for warning in main_warnings(health, sums.pairs, len(rule_ids)) if all_judged else ():
         say(f"{job.scores}: {warning}")
     evidence = {}
     if weights is not None:
@@ -121,3 +118,21 @@ def label(job: LabelJob) -> dict[str, Any]:
         **health,
         **evidence,
     }
+
+
+def _selection(
+    job: LabelJob,
+    scores: Batch,
+    strategy: str,
+    fixed: list[int] | None,
+    weights: EvidenceWeights | None,
+    row: int,
+) -> Selection:
+    """The rules that decide some pairs and what they say; those that were judged, where an adapter chose them."""
+    if scores.rules is None:
+        how = (strategy, job.k, job.discrepancy_weight, fixed, weights)
+        arrays = (scores.a, scores.b, scores.relevance)
+        return select(*arrays, *how, seed=job.seed, ids=scores.ids, first_row=row)
+    arrays = (judged(x, scores.rules) for x in (scores.a, scores.b, scores.relevance))
+    chosen = select(*arrays, "all", discrepancy_weight=job.discrepancy_weight, ids=scores.ids)
+    return replace(chosen, rules=judged(scores.rules, chosen.rules))

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -225,11 +224,10 @@ def train_step(verb: str, options: TrainOptions, config: ModelConfig, mesh: Mesh
     params = _placed(definition, abstract, mesh)
     state = init_state(params, make_optimizer(options.optimizer), mesh)
     layout = plan_options(options, mesh)
-    store = _rows(verb, layout.row_length, layout.examples_per_step or layout.rows_per_step)
+    examples = layout.examples_per_step or layout.rows_per_step
+    store = _rows(verb, layout.row_length, examples, labels if verb == "adapter" else None)
     packing = Plan(store.lengths, store.leaves, layout, epochs=1)
     row = RowSource(store, packing, [0], 0, 1)[0]
-    if verb == "adapter":  # a target for each rule, where a store has one a leaf
-        row["targets"] = np.zeros((len(row["targets"]), labels), np.float32)
     count = packing.rows_per_step
     batch = {name: _spread(mesh, (count, *x.shape), x.dtype) for name, x in row.items()}
     step = make_step(
@@ -267,24 +265,24 @@ def _placed(definition: nnx.GraphDef, abstract: nnx.State, mesh: Mesh) -> nnx.St
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
 
 
-def _rows(verb: str, row_length: int, count: int) -> TreeStore:
+def _rows(verb: str, row_length: int, count: int, labels: int | None = None) -> TreeStore:
     """Trees that fill a row each.
 
-    Of a reward half of it is a prompt with two responses, of a judge a quarter is a reply with rules; an adapter reads
-    prompt and responses one after the other, without branches.
+    Of a reward half of it is a prompt with two responses, of a judge a quarter is a reply with rules, of an adapter a
+    third is a prompt, below which both responses stand one after the other, in either order.
     """
     shared, branches = {
         "reward": (row_length // 2, 2),
         "judge": (row_length // 4, max(row_length * 3 // 4 // QUESTION, 1)),
-        "adapter": (0, 1),
+        "adapter": (row_length // 3, 2),
     }[verb]
     # The first branch takes what a division leaves.
     each = max((row_length - shared) // branches, 1)
     first = row_length - shared - each * (branches - 1)
     tree = PrefixTree.build(Node([0] * shared, [Node([0] * size) for size in (first, *[each] * (branches - 1))]))
-    store = TreeStore()
+    store = TreeStore(labels)
     for _ in range(count):
-        store.append(tree, [0.0] * branches, 1.0)
+        store.append(tree, 0.0, 1.0)
     return store.freeze()
 
 

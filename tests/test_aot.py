@@ -117,7 +117,7 @@ def test_an_adapter_has_a_label_for_each_rule_of_its_pool(folder):
     given = options("judge", folder, **{"data.rules": "safety-24"})
     step = train_step("adapter", given, tiny_config(), make_mesh())
     assert step.parts["parameters"]["score"]["weight"].shape == (24, 32)
-    assert step.parts["batch"]["targets"].shape == (8, 1, 24)
+    assert step.parts["batch"]["targets"].shape == (8, 2, 24)
     with jax.set_mesh(step.mesh):
         step.jitted.lower(*step.arguments)
 

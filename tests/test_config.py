@@ -11,7 +11,7 @@ from refusals import refused
 from adaptrm.config import TEXTS, VERBS, TrainOptions, config_folder, load_options, parse_options, to_yaml
 
 # How many options a user can set. A new one is a decision: first think whether the code can know the answer.
-OPTION_COUNT = 61
+OPTION_COUNT = 65
 SHIPPED = sorted(config_folder().glob("*.yaml"))
 
 

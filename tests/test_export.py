@@ -98,7 +98,7 @@ def test_pairs_and_conversations_give_the_same_rewards(run, monkeypatch):
     assert model.score([]).shape == (0,)
     # However many are packed together, none is lost between one lot and the next.
     together = model.score(conversations())
-    monkeypatch.setattr("adaptrm.reward_model.TREES_AT_ONCE", 3)
+    monkeypatch.setattr("adaptrm.train.classifier.TREES_AT_ONCE", 3)
     np.testing.assert_allclose(model.score(conversations()), together, atol=1e-5)
 
 

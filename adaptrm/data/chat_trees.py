@@ -37,18 +37,18 @@ def conversation_tree(
 
 def pair_tree(chat: ChatTokenizer, pair: Pair | ResponseSet, pad_id: int | None) -> PrefixTree:
     """The prompt once, then response A and response B (all responses of a set)."""
-    with _naming(pair):
+    with naming(pair):
         return conversation_tree(chat, [continued(pair.prompt, one) for one in pair.responses], pad_id)
 
 
 def pair_length(chat: ChatTokenizer, pair: Pair) -> int:
     """Tokens of the longer of a pair's two conversations."""
-    with _naming(pair):
+    with naming(pair):
         return max(len(chat.encode_chat(pair.conversation(side))) for side in ("a", "b"))
 
 
 @contextmanager
-def _naming(pair: Pair | ResponseSet) -> Iterator[None]:
+def naming(pair: Pair | ResponseSet) -> Iterator[None]:
     """Say which pair it is that a template refuses: it has no system role, wants roles that take turns, ..."""
     try:
         yield

@@ -3,7 +3,7 @@
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,23 +124,37 @@ class Preference(NamedTuple):
 
 
 class LabelIndex:
-    """Labels joined to pairs by id; once read, 25 bytes a label in memory."""
+    """Labels joined to pairs by id; once read, 25 bytes a label in memory, and 4 for each of its rules.
 
-    def __init__(self, path: str | os.PathLike):
+    Args:
+        rules_of: the positions of the rules that decided, the same number for each label.
+    """
+
+    def __init__(self, path: str | os.PathLike, rules_of: Callable[[Label], Sequence[int]] = lambda label: ()):
         self.path = str(path)
-        keys, texts, said = array("Q"), array("Q"), array("f")
+        keys, texts, said, rules = array("Q"), array("Q"), array("f"), array("i")
         for label in read_labels(path):
+            rules.extend(rules_of(label))
             keys.append(hash_id(label.id))
             texts.append(hash_id(label.chosen))
             said.extend((label.probability, np.nan if label.margin is None else label.margin))
         order = np.argsort(np.asarray(keys, np.uint64), kind="stable")
         self._keys, self._chosen = np.asarray(keys, np.uint64)[order], np.asarray(texts, np.uint64)[order]
         self._said = np.asarray(said, np.float32).reshape(-1, 2)[order]
+        self._rules = np.asarray(rules, np.int32).reshape(len(keys), -1 if keys else 0)[order]
         self._used = np.zeros(len(keys), bool)
 
-    def preference(self, pair: Pair) -> Preference:
+    def _at(self, pair: Pair) -> int | None:
         at = int(np.searchsorted(self._keys, np.uint64(hash_id(pair.id))))
-        if at == len(self._keys) or int(self._keys[at]) != hash_id(pair.id):
+        return at if at < len(self._keys) and int(self._keys[at]) == hash_id(pair.id) else None
+
+    def rules(self, pair: Pair) -> list[int]:
+        """What ``rules_of`` said of a pair's label; nothing where it has none."""
+        at = self._at(pair)
+        return [] if at is None else self._rules[at].tolist()
+
+    def preference(self, pair: Pair) -> Preference:
+        if (at := self._at(pair)) is None:
             return Preference(0)
         self._used[at] = True
         sides = [hash_id(pair.response_a), hash_id(pair.response_b)]

@@ -18,9 +18,14 @@ LEAF_VALUES = ("targets", "weights", "margins")
 
 
 class TreeStore:
-    """Trees and the values at their leaves, in a temporary file; once frozen, 16 bytes an example stay in memory."""
+    """Trees and the values at their leaves, in a temporary file; once frozen, 16 bytes an example stay in memory.
 
-    def __init__(self):
+    Args:
+        labels: targets a leaf has; None is one, without a dimension of its own.
+    """
+
+    def __init__(self, labels: int | None = None):
+        self.target_shape = () if labels is None else (labels,)
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the store
         self._digest = hashlib.sha256()
         self._offsets: list[int] = [0]
@@ -42,11 +47,12 @@ class TreeStore:
     def append(
         self, tree: PrefixTree, targets: Sequence[float], weights: float | Sequence[float], margin: float = 0.0
     ) -> None:
-        """Put a tree at the end; one weight or margin is that of all its leaves."""
-        parts = (tree.tokens, tree.positions, tree.subtree_end, tree.leaves)
-        floats = np.empty((3, len(tree.leaves)), np.float32)
-        floats[0], floats[1], floats[2] = targets, weights, margin
-        record = np.concatenate([*parts, floats.view(np.int32).ravel()])
+        """Put a tree at the end; one weight or margin, or one leaf's targets, are those of all its leaves."""
+        leaves = (len(tree.leaves),)
+        values = zip((targets, weights, margin), (leaves + self.target_shape, leaves, leaves), strict=True)
+        floats = [np.broadcast_to(np.asarray(value, np.float32), shape).ravel() for value, shape in values]
+        parts = (tree.tokens, tree.positions, tree.subtree_end, tree.leaves, np.concatenate(floats).view(np.int32))
+        record = np.concatenate(parts)
         with self._told():
             self._file.write(record.tobytes())
         self._digest.update(record.tobytes())
@@ -68,7 +74,9 @@ class TreeStore:
         words = np.asarray(self._words[self._offsets[index] : self._offsets[index + 1]])
         size, leaves = int(self.lengths[index]), int(self.leaves[index])
         *tree, floats = np.split(words, [size, 2 * size, 3 * size, 3 * size + leaves])
-        return PrefixTree(*tree), dict(zip(LEAF_VALUES, floats.view(np.float32).reshape(3, -1), strict=True))
+        targets, rest = np.split(floats.view(np.float32), [-2 * leaves])
+        values = (targets.reshape(leaves, *self.target_shape), *rest.reshape(2, leaves))
+        return PrefixTree(*tree), dict(zip(LEAF_VALUES, values, strict=True))
 
     def visible_pairs(self, index: int) -> int:
         """How many (query, key) of a tree attention has to look at: each token sees those before it on its branch."""
@@ -102,9 +110,10 @@ class RowSource:
         row = {name: getattr(packed, name)[0] for name in ("tokens", "positions", "subtree_end", "leaves")}
         row["groups"] = packed.owner[0, :, 0]  # which example of the row a leaf is of
         for name in LEAF_VALUES:
-            row[name] = np.zeros(room, np.float32)
-            values = np.concatenate([at_leaves[name] for _, at_leaves in examples]) if examples else ()
-            row[name][: len(values)] = values
+            row[name] = np.zeros((room, *self._store.target_shape) if name == "targets" else room, np.float32)
+            if examples:
+                values = np.concatenate([at_leaves[name] for _, at_leaves in examples])
+                row[name][: len(values)] = values
         return row
 
 

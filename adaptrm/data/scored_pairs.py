@@ -33,12 +33,14 @@ def pairs_of(folder: str | os.PathLike, pairs: str | None = None) -> str:
     return source
 
 
-def read_scored(folder: str | os.PathLike, source: str, with_mass: bool = False) -> Iterator[tuple[Batch, list[Pair]]]:
+def read_scored(
+    folder: str | os.PathLike, source: str, with_mass: bool = False, chosen: bool = False
+) -> Iterator[tuple[Batch, list[Pair]]]:
     """The batches of a finished score folder, each with its pairs; memory does not depend on their number.
 
     Args:
         source: what ``pairs_of`` says.
-        with_mass: read the label mass too.
+        with_mass, chosen: as ``read_batches``.
 
     Raises:
         InputError: folder and pairs do not hold the same ids, or one of them cannot be read.
@@ -59,7 +61,7 @@ def read_scored(folder: str | os.PathLike, source: str, with_mass: bool = False)
             raise InputError(f"{folder}: pair {name!r} is {pair.id!r} in {source}; score again")
         return pair
 
-    for scores in read_batches(folder, with_mass):
+    for scores in read_batches(folder, with_mass, chosen):
         yield scores, [found(name) for name in scores.ids]
     if not lenient and next(stream, None) is not None:
         raise InputError(f"{folder}: holds fewer rows than {source} has pairs; score again")

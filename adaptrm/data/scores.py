@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from adaptrm import paths
 from adaptrm.errors import InputError
@@ -25,6 +25,7 @@ COLUMNS = {
     "label_mass_b": "label_mass_b",
 }
 
+RULES = "rules"  # a column where an adapter chose: which rules were judged
 CONTROL = "control.parquet"
 BATCH_ROWS, BUFFER_BYTES = 4096, 1 << 20
 LOW_MASS = 0.1  # below it the judge was mostly about to say something else than an answer
@@ -41,6 +42,7 @@ class Scores:
         relevance: ``1 - P(Neither) / label mass``, averaged over the two responses, in [0, 1].
         log_odds_a, log_odds_b: ``log P(Yes) - log P(No)`` times the rule's sign; nan where not known, null in files.
         label_mass_a, label_mass_b: ``P(Yes) + P(No) + P(Neither)``.
+        rules: positions of the rules that were judged, where they were chosen for each pair; of others all is nan.
     """
 
     ids: list[str]
@@ -52,12 +54,18 @@ class Scores:
     log_odds_b: Float32[np.ndarray, "pairs rules"]
     label_mass_a: Float32[np.ndarray, "pairs rules"]
     label_mass_b: Float32[np.ndarray, "pairs rules"]
+    rules: Int32[np.ndarray, "pairs k"] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-assert [f.name for f in fields(Scores)][2:] == list(COLUMNS.values())
+assert [f.name for f in fields(Scores)][2:-1] == list(COLUMNS.values())
+
+
+def judged(values: np.ndarray, rules: Int32[np.ndarray, "pairs k"] | None) -> np.ndarray:
+    """``[pairs, k]`` of ``[pairs, rules]``: what is said of the rules that were judged; None where all were."""
+    return values if rules is None else np.take_along_axis(values, rules, axis=1)
 
 
 def part_name(number: int) -> str:
@@ -82,8 +90,8 @@ def write_manifest(folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
 def check_manifest(folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
     """Raise where the folder was made under another manifest, and name the first field that differs."""
     stored = read_manifest(folder)
-    # Where pairs and model lay is for the reader; what they held is compared by its hash.
-    for name in sorted((stored.keys() | manifest.keys()) - {"pairs", "model"}):
+    # Where pairs and models lay is for the reader; what they held is compared by its hash.
+    for name in sorted((stored.keys() | manifest.keys()) - {"pairs", "model", "adapter"}):
         if stored.get(name) != manifest.get(name):
             raise InputError(f"{folder}: holds scores with another {name}; give another --out or delete the folder")
 
@@ -113,12 +121,15 @@ def write_part(folder: str | os.PathLike, number: int, scores: Scores) -> None:
         flat = np.ascontiguousarray(getattr(scores, attribute), np.float32).reshape(-1)
         # from_pandas: nan is null
         columns[column] = pa.FixedSizeListArray.from_arrays(pa.array(flat, from_pandas=True), rules)
+    if scores.rules is not None:
+        chosen = pa.array(np.ascontiguousarray(scores.rules, np.int32).reshape(-1))
+        columns[RULES] = pa.FixedSizeListArray.from_arrays(chosen, scores.rules.shape[1])
     with paths.writing(paths.join(folder, part_name(number))) as stream:
         pq.write_table(pa.table(columns), stream)
 
 
 class Batch(NamedTuple):
-    """What selection reads of some pairs, and the label mass where it is asked for; as in ``Scores``."""
+    """What selection reads of some pairs, the label mass where it is asked for, chosen rules; as in ``Scores``."""
 
     ids: list[str]
     a: Float32[np.ndarray, "pairs rules"]
@@ -126,6 +137,7 @@ class Batch(NamedTuple):
     relevance: Float32[np.ndarray, "pairs rules"]
     label_mass_a: Float32[np.ndarray, "pairs rules"] | None = None
     label_mass_b: Float32[np.ndarray, "pairs rules"] | None = None
+    rules: Int32[np.ndarray, "pairs k"] | None = None
 
 
 def read_parts(folder: str | os.PathLike) -> Iterator[Scores]:
@@ -140,21 +152,26 @@ def read_parts(folder: str | os.PathLike) -> Iterator[Scores]:
         yield read_part(file, rules)
 
 
-def read_batches(folder: str | os.PathLike, with_mass: bool = False) -> Iterator[Batch]:
+def read_batches(folder: str | os.PathLike, with_mass: bool = False, chosen: bool = False) -> Iterator[Batch]:
     """What selection reads of a finished folder, in order; memory does not depend on how large its parts are.
 
     The next batch is read while the caller works on one.
 
     Args:
         with_mass: read the label mass too.
+        chosen: the caller can work with scores of the rules that an adapter chose.
 
     Raises:
-        InputError: as ``read_parts``.
+        InputError: as ``read_parts``; an adapter chose the rules, and the caller needs all.
     """
     manifest = read_manifest(folder)
-    rules = len(manifest["rules"])
+    rules, k = len(manifest["rules"]), chosen_rules(manifest)
+    if k is not None and not chosen:
+        raise InputError(
+            f"{folder}: holds scores of {k} rules a pair that an adapter chose, and this needs those of all"
+        )
     asked = [name for name in Batch._fields[1:] if with_mass or name not in Batch._field_defaults]
-    columns = [column for column, attribute in COLUMNS.items() if attribute in asked]
+    columns = [column for column, attribute in COLUMNS.items() if attribute in asked] + [RULES] * (k is not None)
     batches = (batch for file in _parts(folder, manifest) for batch in _read_batches(file, rules, columns))
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, batches, None)
@@ -179,7 +196,8 @@ def _read_batches(file: str, rules: int, columns: list[str]) -> Iterator[Batch]:
         # The buffer keeps a row group, which may be the whole of a part made elsewhere, from being read at once.
         part = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES)
         for rows in part.iter_batches(BATCH_ROWS, columns=["id", *columns]):
-            yield Batch(rows["id"].to_pylist(), *(_array(rows[column], rules) for column in columns))
+            arrays = {COLUMNS.get(column, column): _column(rows[column], column, rules) for column in columns}
+            yield Batch(rows["id"].to_pylist(), **arrays)
 
 
 def read_part(file: str | os.PathLike, rules: list[str]) -> Scores:
@@ -187,8 +205,27 @@ def read_part(file: str | os.PathLike, rules: list[str]) -> Scores:
 
     with _part_errors(file, len(rules)), paths.reading(file) as stream:
         table = pq.read_table(stream)
-        arrays = {name: _array(table[column].combine_chunks(), len(rules)) for column, name in COLUMNS.items()}
+        columns = [*COLUMNS, *[RULES] * (RULES in table.column_names)]
+        arrays = {
+            COLUMNS.get(column, column): _column(table[column].combine_chunks(), column, len(rules))
+            for column in columns
+        }
         return Scores(table["id"].to_pylist(), rules, **arrays)
+
+
+def chosen_rules(manifest: dict[str, Any]) -> int | None:
+    """How many rules of each pair were judged, where an adapter chose them; None where all were."""
+    return manifest.get("k") if "adapter_sha256" in manifest else None
+
+
+def _column(lists, column: str, rules: int) -> np.ndarray:
+    """A column of lists, of scores or of rules that were chosen."""
+    if column != RULES:
+        return _array(lists, rules)
+    chosen = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False).reshape(len(lists), -1)
+    if not ((chosen >= 0) & (chosen < rules)).all():
+        raise ValueError(f"{RULES} names others than 0 to {rules - 1}")
+    return chosen
 
 
 def _array(lists, rules: int) -> Float32[np.ndarray, "pairs rules"]:

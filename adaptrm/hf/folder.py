@@ -79,6 +79,22 @@ class Folder:
         return None if pad is None or pad < 0 else pad
 
     @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of a classifier's labels in their order, by ``id2label``; none where it does not say.
+
+        Raises:
+            InputError: it names other labels than 0, 1, 2, ...
+        """
+        named = self.raw.get("id2label")
+        if named is None:
+            return ()
+        numbers = map(str, range(len(named))) if isinstance(named, dict) else ()
+        names = tuple(named.get(number) for number in numbers)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{self.path / 'config.json'}: id2label must name the labels 0, 1, 2 and so on")
+        return names
+
+    @property
     def other_heads(self) -> list[str]:
         """Tensors of heads that are neither ``score`` without a bias nor a vocabulary."""
         known = (HEAD, "lm_head.weight")

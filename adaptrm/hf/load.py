@@ -76,8 +76,13 @@ def load_weights(
 
 def abstract_model(model_type, config: ModelConfig, num_labels: int = 1) -> tuple[nnx.GraphDef, nnx.State]:
     """Definition and shapes of a model, with nothing allocated."""
+    return nnx.split(nnx.eval_shape(lambda: random_model(model_type, config, 0, num_labels)))
+
+
+def random_model(model_type, config: ModelConfig, seed: int, num_labels: int = 1) -> CausalLM | SequenceClassifier:
+    """A model of random parameters; ``num_labels`` is of a classifier."""
     extra = {"num_labels": num_labels} if model_type is SequenceClassifier else {}
-    return nnx.split(nnx.eval_shape(lambda: model_type(config, nnx.Rngs(0), **extra)))
+    return model_type(config, nnx.Rngs(seed), **extra)
 
 
 def logical_axes(definition: nnx.GraphDef, abstract: nnx.State) -> dict[tuple, tuple[str, ...]]:
@@ -140,7 +145,9 @@ def _check_labels(folder: Folder, wanted: int) -> None:
     if told is not None and told != rows:
         raise InputError(f"{folder.path}: config.json names {told} labels (id2label, num_labels), {HEAD} has {rows}")
     if rows != wanted:
-        raise InputError(f"{folder.path}: {HEAD} gives {rows} labels, {wanted} needed; a reward model has one")
+        raise InputError(
+            f"{folder.path}: {HEAD} gives {rows} labels, {wanted} needed; a reward model has one, an adapter one a rule"
+        )
 
 
 def _read(folder: Folder, key: Key, dtype: str | None, layout: NamedSharding) -> jax.Array:

@@ -156,11 +156,12 @@ class Judge:
             )
         ]
         packed = pack_trees([one.tree for _, one in questions], self.mesh)
-        return Asked([pair.id for pair in pairs], questions, packed)
+        return Asked([pair.id for pair in pairs], questions, packed, rules)
 
     def answer(self, asked: "Asked") -> Scores:
         """The scores of what ``ask`` has prepared."""
-        return Scores(asked.ids, list(self.rules.ids), **scores_of(self._answers(asked), self._signs))
+        found = scores_of(self._answers(asked), self._signs)
+        return Scores(asked.ids, list(self.rules.ids), **found, rules=asked.rules)
 
     def _answers(self, asked: "Asked") -> Float32[np.ndarray, "pairs 2 rules 3"]:
         out = np.full((len(asked.ids), 2, len(self.rules), 3), np.nan, np.float32)
@@ -200,11 +201,13 @@ class Asked:
         ids: of the pairs.
         questions: each tree of questions, with the position of its pair.
         packed: the trees in this order.
+        rules: those that each pair is asked about; None for all.
     """
 
     ids: list[str]
     questions: list[tuple[int, Questions]]
     packed: PackedRows
+    rules: Int[np.ndarray, "pairs k"] | None = None
 
     def slots(self, rules: int) -> tuple[Int[np.ndarray, "rows pairs 2 rules"], Int[np.ndarray, "rows pairs"]]:
         """Where in its row each pair's leaves are, and which pair it is; -1 where a row holds no more pairs."""

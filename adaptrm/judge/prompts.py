@@ -31,6 +31,11 @@ def quote(text: str) -> str:
     return FORGED.sub(r"\1\2\\", text)
 
 
+def transcript(prompt: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as text, roles in plain words, with an empty line after each message."""
+    return "".join(f"{m['role'].capitalize()}: {quote(m['content'])}\n\n" for m in prompt)
+
+
 @dataclass(frozen=True)
 class Template:
     """The texts around the conversation; ``{rule}`` stands in the opening (rule first) or in the question."""
@@ -124,10 +129,7 @@ class JudgePrompt:
     def _before(self, prompt: Sequence[Mapping[str, str]], response: str, rule: int) -> str:
         """The question up to the end of the response."""
         opening = self.template.opening.replace("{rule}", self.pool[rule].text)
-        said = "".join(f"{m['role'].capitalize()}: {self._quote(m['content'])}\n\n" for m in prompt)
-        return f"{self._head}{opening}{said}{self.template.response}{self._quote(response)}\n\n"
-
-    _quote = staticmethod(quote)
+        return f"{self._head}{opening}{transcript(prompt)}{self.template.response}{quote(response)}\n\n"
 
     def _after(self, rule: int) -> str:
         return self._question.replace("{rule}", self.pool[rule].text)

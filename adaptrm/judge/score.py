@@ -21,6 +21,7 @@ from adaptrm.data.scores import (
     LOW_MASS,
     Scores,
     check_manifest,
+    judged,
     part_name,
     read_control,
     read_part,
@@ -30,6 +31,7 @@ from adaptrm.data.scores import (
 )
 from adaptrm.data.truncation import Truncation, usable
 from adaptrm.errors import InputError
+from adaptrm.judge.chosen import Chooser, token_costs
 from adaptrm.judge.language_model import Asked, Judge
 from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.judge.table import PREFIX, Table
@@ -52,6 +54,7 @@ class ScoreJob:
         columns, value_range: of a table; see ``Table``.
         control: so many pairs' prompts are asked with an empty response too, into ``control.parquet``.
         quantize, tensor: of a model; ``int8`` weights, and how many devices split a layer.
+        k: rules a pair, where an adapter chooses them.
         on_bad_row: ``skip`` lists rows that are no pairs and leaves them out.
         truncate_to: tokens of a question, to which longer ones are cut from the left; None cuts nothing, ever.
     """
@@ -70,6 +73,7 @@ class ScoreJob:
     quantize: str | None = None
     tensor: int = 1
     control: int = 0
+    k: int = 5
 
     def source(self, pool: RulePool) -> Judge | Table:
         """Where the scores come from."""
@@ -106,14 +110,18 @@ class ScoreJob:
             yield part
 
 
-def score(job: ScoreJob) -> dict[str, Any]:
+def score(job: ScoreJob, adapter: Chooser | None = None) -> dict[str, Any]:
     """Score all pairs; what an earlier run finished stays.
 
     Several processes take the parts in turn, each on its own devices, into a folder that all of them see.
 
+    Args:
+        adapter: chooses ``job.k`` rules for each pair, and the judge is asked about these alone.
+
     Returns:
         Pairs, bad rows that were skipped, pairs that were truncated, rules, mean label mass, share of the answers with
-        little of it, pairs with little of it on average and which are the first, special-token strings kept as text.
+        little of it, pairs with little of it on average and which are the first, special-token strings kept as text;
+        with an adapter ``token_costs`` too.
 
     Raises:
         InputError: an input cannot be used, or the folder holds scores of something else.
@@ -125,12 +133,15 @@ def score(job: ScoreJob) -> dict[str, Any]:
         count = sum(1 for _ in read_pairs(job.pairs, bad))  # every row is checked before the judge is loaded
         if not count:
             raise InputError(f"{job.pairs}: holds no pairs")
+        _check_adapter(job, pool, adapter)
         source = job.source(pool)
         if job.truncate_to is not None:  # what cannot be cut so far has to be known before anything is written
             bad = BadRows(job.on_bad_row)
             count = sum(map(len, job.parts(bad, job.truncation(source))))
         parts = -(-count // job.part_size)
         manifest = _manifest(job, source, pool, count, parts)
+        if adapter is not None:
+            manifest |= {"k": job.k, **adapter.describe()}
         with told_to_all(job.out) as first:
             if first:
                 write_manifest(job.out, manifest)
@@ -141,16 +152,22 @@ def score(job: ScoreJob) -> dict[str, Any]:
         # Of each part: mean label mass, pairs, entries of low mass, pairs of low mass, special strings.
         told, flagged = np.zeros((parts, 5)), []
 
-        def asked(part: int, pairs: list[Pair]) -> Asked | None:
-            mine = part % processes == number and part_name(part) not in done
-            return source.ask(pairs) if mine and isinstance(source, Judge) else None
+        def is_mine(part: int) -> bool:
+            return part % processes == number and part_name(part) not in done
 
-        every = enumerate(job.parts(BadRows(job.on_bad_row, listed=False), cut))
+        def asked(part: int, pairs: list[Pair], rules: np.ndarray | None) -> Asked | None:
+            return source.ask(pairs, rules) if is_mine(part) and isinstance(source, Judge) else None
+
+        def chosen() -> Iterator[tuple[int, list[Pair], np.ndarray | None]]:
+            # Not in the thread that asks: programs of two threads would wait for each other's devices.
+            for part, pairs in enumerate(job.parts(BadRows(job.on_bad_row, listed=False), cut)):
+                yield part, pairs, None if adapter is None or not is_mine(part) else adapter.predict(pairs, job.k)
+
         with progress("score", "pairs", count) as shown:
-            for (part, pairs), questions in _one_ahead(asked, every):
+            for (part, pairs, _), questions in _one_ahead(asked, chosen()):
                 if part % processes == number:
                     scores = _score_part(job, source, pool, part, pairs, questions, done)
-                    mass = np.stack([scores.label_mass_a, scores.label_mass_b])
+                    mass = np.stack([judged(x, scores.rules) for x in (scores.label_mass_a, scores.label_mass_b)])
                     of_pairs = mass.mean(axis=(0, 2)) < LOW_MASS
                     named = [pair.id for pair, low in zip(pairs, of_pairs, strict=True) if low]
                     flagged = (flagged + named)[:FLAGGED]
@@ -160,6 +177,11 @@ def score(job: ScoreJob) -> dict[str, Any]:
                 shown.advance(len(pairs))
         if number == 0 and job.control:
             _score_control(job, source)
+        costs = {}
+        if number == 0 and adapter is not None:
+            first_part = read_part(paths.join(job.out, part_name(0)), list(pool.ids))
+            some = next(job.parts(BadRows(job.on_bad_row, listed=False), job.truncation(source)))
+            costs = token_costs(source.prompt, adapter, some, first_part.rules)
         told = gathered(told).sum(axis=0)
         flagged = [name for of_one in exchanged(flagged) for name in of_one][:FLAGGED]
     masses, of_pairs, low, low_pairs, special = told.T.tolist()
@@ -171,11 +193,26 @@ def score(job: ScoreJob) -> dict[str, Any]:
         "rules": len(pool),
         "parts": parts,
         "label_mass": sum(m * n for m, n in zip(masses, of_pairs, strict=True)) / count,
-        "low_mass_share": sum(low) / (2 * count * len(pool)),
+        "low_mass_share": sum(low) / (2 * count * (len(pool) if adapter is None else job.k)),
         "low_mass_pairs": int(sum(low_pairs)),
         "low_mass_first": flagged,
         "special_tokens_kept_as_text": int(sum(special)),
+        **costs,
     }
+
+
+def _check_adapter(job: ScoreJob, pool: RulePool, adapter: Chooser | None) -> None:
+    """Raise where an adapter cannot choose for a job."""
+    if adapter is None:
+        return
+    if job.judge.startswith(PREFIX):
+        raise InputError("--adapter is for a model; a table has the scores of all rules already")
+    if job.control:
+        raise InputError("--control asks about all rules, and --adapter about few; leave one of them out")
+    if adapter.rule_ids != pool.ids:
+        raise InputError(f"{job.rules}: has other rules than the adapter's {len(adapter.rule_ids)}; give its pool")
+    if not 1 <= job.k <= len(pool):
+        raise InputError(f"--k {job.k}: pool {pool.name} has {len(pool)} rules; give 1 to {len(pool)}")
 
 
 def _one_ahead(function: Callable[..., Any], items: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
@@ -237,18 +274,28 @@ def question_length(prompt: JudgePrompt) -> Callable[[Pair], int]:
 
 
 def _check_finite(scores: Scores, job: ScoreJob) -> None:
-    good = np.isfinite(scores.a) & np.isfinite(scores.b) & np.isfinite(scores.relevance)
+    good = np.isfinite([judged(x, scores.rules) for x in (scores.a, scores.b, scores.relevance)]).all(axis=0)
     if not good.all():
         name = scores.ids[int(np.argmin(good.all(axis=1)))]
         raise InputError(f"{job.judge}: the scores of pair {name!r} are not finite in {job.dtype}; check its weights")
 
 
-def dry_run(job: ScoreJob) -> dict[str, Any]:
-    """Tokenise everything, time one batch, and predict the rest; of a table, check that it has what is needed."""
+def dry_run(job: ScoreJob, adapter: Chooser | None = None) -> dict[str, Any]:
+    """Tokenise everything, time one batch, and predict the rest; of a table, check that it has what is needed.
+
+    Which rules an adapter chooses is not known before it has read the pairs; as many stand in for them, evenly spread
+    over the pool, but for ``token_costs``.
+    """
     pool = RulePool.load(job.rules)
     if next(read_pairs(job.pairs, BadRows(job.on_bad_row, listed=False)), None) is None:
         raise InputError(f"{job.pairs}: holds no pairs")
+    _check_adapter(job, pool, adapter)
     judge = job.source(pool)
+    spread = None if adapter is None else np.linspace(0, len(pool) - 1, job.k).astype(np.int32)
+
+    def ask(pairs: list[Pair]) -> Asked:
+        return judge.ask(pairs, spread if spread is None else np.tile(spread, (len(pairs), 1)))
+
     bad, cut = BadRows(job.on_bad_row), job.truncation(judge)
     if isinstance(judge, Table):
         count = sum(map(len, job.parts(bad, cut)))
@@ -257,7 +304,7 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
     shapes: dict[int, int] = {}
     sample: list[Pair] = []
     for pairs in job.parts(bad, cut):
-        asked = judge.ask(pairs)
+        asked = ask(pairs)
         trees = [questions.tree for _, questions in asked.questions]
         sample = sample or pairs[: max(1, SAMPLE_TOKENS * len(pairs) // sum(map(len, trees)))]
         rows, row_length = asked.packed.tokens.shape
@@ -266,11 +313,14 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
         tokens += sum(map(len, trees))
         computed += rows * row_length
         separate += sum(int(tree.positions[leaf]) + 1 for tree in trees for leaf in tree.leaves)
-    asked = judge.ask(sample)
-    judge.answer(asked)  # compiles
-    start = time.perf_counter()
-    judge.answer(asked)
-    rate = asked.packed.tokens.size / (time.perf_counter() - start)
+    asked = ask(sample)
+    rate = asked.packed.tokens.size / _seconds(lambda: judge.answer(asked))
+    seconds, chosen = computed / rate, {}
+    if adapter is not None:
+        own = _seconds(lambda: adapter.predict(sample, job.k)) / len(sample)
+        seconds += own * count
+        costs = token_costs(judge.prompt, adapter, sample, adapter.predict(sample, job.k))
+        chosen = {"adapter_pairs_per_second": 1 / own, **costs}
     return {
         "pairs": count,
         "skipped_rows": bad.count,
@@ -281,8 +331,17 @@ def dry_run(job: ScoreJob) -> dict[str, Any]:
         "padding": 1 - tokens / computed,
         "rows": {f"{length} tokens": rows for length, rows in sorted(shapes.items())},
         "tokens_per_second": rate,
-        "predicted_seconds": computed / rate / jax.process_count(),
+        "predicted_seconds": seconds / jax.process_count(),
+        **chosen,
     }
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """How long something takes once it is compiled."""
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _manifest(job: ScoreJob, source: Judge | Table, pool: RulePool, count: int, parts: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def held_out_data(kind: Kind, options: TrainOptions) -> DataOptions | None:
         InputError: an option needs held-out examples and there are none, or checkpoints come where none is measured.
     """
     held, checkpoint = options.evaluation, options.checkpoint
-    if held.pairs is None and held.labels is None:
+    if held.pairs is None and held.labels is None and held.scores is None:
         for name, asked in (("evaluation.stop_after", held.stop_after), ("checkpoint.keep_best", checkpoint.keep_best)):
             if asked:
                 raise InputError(f"{name} needs held-out examples: give evaluation.pairs")
@@ -41,7 +41,15 @@ def held_out_data(kind: Kind, options: TrainOptions) -> DataOptions | None:
             f"checkpoint.keep_best needs an evaluation at every checkpoint: checkpoint.every_steps is "
             f"{checkpoint.every_steps}, no multiple of evaluation.every_steps {held.every_steps}"
         )
-    return replace(options.data, pairs=held.pairs, labels=held.labels or "human", mix=())
+    if kind != "adapter":
+        if held.scores is not None:
+            raise InputError(f"evaluation.scores is of adapters; train {kind} takes none")
+        return replace(options.data, pairs=held.pairs, labels=held.labels or "human", mix=())
+    if (held.labels is None) == (held.scores is None):
+        raise InputError(
+            "an adapter is evaluated on labels or scores: give one of evaluation.labels, evaluation.scores"
+        )
+    return replace(options.data, pairs=held.pairs, labels=held.labels, scores=held.scores)
 
 
 @lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from adaptrm.prefix_tree import PrefixTree
 from adaptrm.progress import say
 from adaptrm.watchdog import doing
 
+Examples = tuple[TreeStore, dict[str, int]]  # the trees; rows skipped, examples dropped, truncated and mixed in
 YES, NO, NEITHER = 0, 1, 2
 SHARE = 64  # examples that a process tokenises before it hears of the others'
 
@@ -57,7 +58,7 @@ class Example:
 
     Attributes:
         source: where it was read, for messages.
-        targets: one a leaf.
+        targets: one a leaf; of an adapter one a rule, at every leaf.
         weight, margin: of all leaves; without weight nothing is learnt from it.
     """
 
@@ -71,7 +72,7 @@ class Example:
 
 def reward_examples(
     options: DataOptions, chat: ChatTokenizer, pad_id: int | None, loss: LossOptions, seed: int = 0
-) -> tuple[TreeStore, dict[str, int]]:
+) -> Examples:
     """A tree a pair, or a set where the loss is over sets; at each leaf the probability that it is the better one.
 
     Args:
@@ -113,7 +114,7 @@ def reward_examples(
             mixed += want
             say(f"mixed in {want} of {have} examples of {mix.pairs or mix.labels}")
 
-    store, left = _collect(options, bad, examples())
+    store, left = collect(options, bad, examples())
     if loss.margin and not margins:
         raise InputError(f"{options.pairs or options.labels}: loss.margin is set, but no pair has a number in margin")
     return store, left | ({"mixed": mixed} if options.mix else {})
@@ -147,7 +148,7 @@ def _sets(options: DataOptions, bad: BadRows) -> Iterator[ResponseSet]:
         yield ResponseSet(pair.id, pair.prompt, pair.responses, (float(said.sign > 0), float(said.sign < 0)))
 
 
-def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore, dict[str, int]]:
+def judge_examples(options: DataOptions, prompt: JudgePrompt) -> Examples:
     """The trees of each reply and the rules that people judged it by; the answers as targets.
 
     Returns:
@@ -174,7 +175,7 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> tuple[TreeStore
 
                 yield Example(options.labels, reply, tree, targets)
 
-    return _collect(options, bad, examples())
+    return collect(options, bad, examples())
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,9 @@ def _made(options: DataOptions, examples: Iterator[Example]) -> Iterator[tuple[E
         yield from ((example, shares[i % count][i // count]) for i, example in enumerate(block))
 
 
-def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) -> tuple[TreeStore, dict[str, int]]:
-    store, labelled = TreeStore(), False
+def collect(options: DataOptions, bad: BadRows, examples: Iterator[Example], labels: int | None = None) -> Examples:
+    """Tokenise examples; ``labels`` is how many targets a leaf has, None for one."""
+    store, labelled = TreeStore(labels), False
     counts = {"dropped": 0, "truncated": 0}
     for example, made in _made(options, examples):
         if made.unfit:
@@ -240,5 +242,7 @@ def _collect(options: DataOptions, bad: BadRows, examples: Iterator[Example]) ->
             total = len(store) + counts["dropped"]
             say(f"{what} {count} of {total} examples: longer than a row of {options.row_length} tokens")
     if not labelled:
-        raise InputError(f"{options.pairs or options.labels}: nothing to train on; no example has a label")
+        raise InputError(
+            f"{options.pairs or options.labels or options.scores}: nothing to train on; no example has a label"
+        )
     return store.freeze(), {"skipped_rows": bad.count} | counts

@@ -20,9 +20,10 @@ def device_batches(store: TreeStore, plan: Plan, mesh: Mesh, start: int, stop: i
     place_of = {row: at for at, row in enumerate(mine)}
 
     def to_device(local: np.ndarray) -> jax.Array:
-        shape = (count, local.shape[1])
-        pick = lambda index: local[[place_of[row] for row in range(*index[0].indices(count))], index[1]]  # noqa: E731
-        return jax.make_array_from_callback(shape, sharding(mesh, shape, ("rows", "tokens")), pick)
+        shape = (count, *local.shape[1:])
+        axes = ("rows", *["tokens"] * (local.ndim - 1))
+        pick = lambda index: local[([place_of[row] for row in range(*index[0].indices(count))], *index[1:])]  # noqa: E731
+        return jax.make_array_from_callback(shape, sharding(mesh, shape, axes), pick)
 
     read = batches(RowSource(store, plan, mine, start, stop), len(mine))
     return one_ahead({name: to_device(local) for name, local in rows.items()} for rows in read)

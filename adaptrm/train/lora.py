@@ -40,10 +40,10 @@ def adapted(definition: nnx.GraphDef, plain: nnx.State, options: LoraOptions) ->
 
 
 def with_adapters(
-    model_type, config: ModelConfig, base: nnx.State, options: LoraOptions, seed: int, mesh: Mesh
+    model_type, config: ModelConfig, base: nnx.State, options: LoraOptions, seed: int, mesh: Mesh, num_labels: int = 1
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """A model with new adapters, which change nothing yet: B is zero, A is random; both float32, as is the head."""
-    definition, shapes = adapted(*abstract_model(model_type, config), options)
+    definition, shapes = adapted(*abstract_model(model_type, config, num_labels), options)
     places = dict(nnx.to_flat_state(param_shardings(definition, shapes, mesh)))
     base, out = dict(nnx.to_flat_state(base)), []
     for number, (path, param) in enumerate(nnx.to_flat_state(shapes)):

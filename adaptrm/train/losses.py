@@ -18,9 +18,9 @@ def check_loss(kind: str, options: LossOptions) -> None:
     """Raise where options of the loss do not go together.
 
     Raises:
-        InputError: a judge has loss options, or a loss over sets has those of pairs.
+        InputError: a judge or an adapter has loss options, or a loss over sets has those of pairs.
     """
-    if kind != "reward" and options != LossOptions():
+    if kind != "reward" and options != LossOptions(k=options.k if kind == "adapter" else LossOptions.k):
         raise InputError(f"loss is of reward models; train {kind} has its own, drop the section")
     given = [name for name in PER_PAIR if getattr(options, name)]
     if options.kind != "bradley-terry" and given:
@@ -138,6 +138,7 @@ def label_cross_entropy(
     logits: Float[Array, "rows leaves labels"],
     targets: Float[Array, "rows leaves labels"],
     weights: Float[Array, "rows leaves"],
+    k: int,
 ) -> Sums:
     """Binary cross-entropy of many labels, the mean over the labels (as ``BCEWithLogitsLoss``).
 
@@ -145,14 +146,23 @@ def label_cross_entropy(
         targets: k-hot, or probabilities.
 
     Returns:
-        Sums over the leaves: loss, weight, accuracy (of the labels, at a probability of one half).
+        Sums over the leaves: loss, weight, accuracy. Most labels are 0, so that right answers say little: accuracy is
+        overlap@k, the share of the k largest targets that are among the k largest logits.
     """
     loss = -(targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)).mean(-1)
     return {
         "loss": (weights * loss).sum(),
         "weight": weights.sum(),
-        "accuracy": (weights * ((logits > 0) == (targets > 0.5)).mean(-1)).sum(),
+        "accuracy": (weights * overlap(logits, targets, k)).sum(),
     }
+
+
+def overlap(
+    logits: Float[Array, "*leaves labels"], targets: Float[Array, "*leaves labels"], k: int
+) -> Float[Array, "*leaves"]:
+    """The share of the k largest targets that are among the k largest logits; of equals the first are larger."""
+    (_, said), (_, meant) = jax.lax.top_k(logits, k), jax.lax.top_k(targets, k)
+    return (said[..., :, None] == meant[..., None, :]).any(-1).mean(-1)
 
 
 def answer_cross_entropy(

@@ -1,6 +1,7 @@
 """``adaptrm train``: from options to a run folder with checkpoints, metrics and an exported model."""
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from adaptrm import paths
-from adaptrm.config import DataOptions, LossOptions, TrainOptions, to_yaml
+from adaptrm.config import LossOptions, TrainOptions, to_yaml
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
@@ -18,30 +19,31 @@ from adaptrm.lock import hold
 from adaptrm.parallel import make_mesh
 from adaptrm.progress import say
 from adaptrm.rules import RulePool
+from adaptrm.train.adapter_examples import adapter_examples
 from adaptrm.train.checkpoint import latest_step
 from adaptrm.train.evaluation import HeldOut, held_out_data, make_evaluation
-from adaptrm.train.examples import judge_examples, reward_examples
+from adaptrm.train.examples import Examples, judge_examples, reward_examples
 from adaptrm.train.loop import run_steps
 from adaptrm.train.losses import check_loss
 from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.profiler import profiled
 from adaptrm.train.save import save_model
-from adaptrm.train.start import follow_checkpoint, pinned, read_run, start_of
+from adaptrm.train.start import Start, follow_checkpoint, pinned, read_run, start_of, with_rule_ids
 from adaptrm.train.state import init_state
-from adaptrm.train.step import Kind, make_step
+from adaptrm.train.step import Answers, Kind, make_step
 from adaptrm.train.throughput import Throughput, multiplied_parameters
 from adaptrm.train.trackers import check_trackers
 from adaptrm.watchdog import LOADING, doing
 from adaptrm.yaml_text import read_yaml
 
 EXAMPLES = "examples.sha256"
-UNITS = {"judge": "replies", "reward": "pairs"}
+UNITS = {"judge": "replies", "reward": "pairs", "adapter": "pairs"}
 # Options that a run may change when it goes on: they do not touch what is computed.
 FREE = ("mesh", "checkpoint", "log_every_steps", "trackers", "max_nonfinite_steps", "watchdog_seconds")
 
 
 def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bool = False) -> dict[str, Any]:
-    """Train a judge or a reward model; started again with the same folder it goes on.
+    """Train a judge, a reward model or a rule adapter; started again with the same folder it goes on.
 
     Restore precedence: the run's own newest whole checkpoint, with all that training needs; else the parameters that
     ``model.checkpoint`` names; else ``model.pretrained``; else random ones.
@@ -65,7 +67,7 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         raise InputError(
             f"{out}: a profile is written to a local run folder; give another --out, or leave out --profile"
         )
-    options = pinned(follow_checkpoint(kind, _from_anywhere(options)), out)
+    options = pinned(with_rule_ids(kind, follow_checkpoint(kind, _from_anywhere(options))), out)
     check_loss(kind, options.loss)
     held_data = held_out_data(kind, options)
     with hold(out) if first else nullcontext():
@@ -77,21 +79,8 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         start = start_of(kind, options)
         resumed = latest_step(paths.join(out, "checkpoints")) is not None
         definition, params = start.params(mesh, options.seed, resumed)
-        if kind == "judge":
-            if options.data.rules is None:
-                raise InputError("data.rules is missing: give the pool that the rule labels are of (--rules)")
-            prompt = JudgePrompt(start.chat, RulePool.load(options.data.rules), options.data.template)
-            answers = prompt.answers
-
-            def examples(data: DataOptions, _: LossOptions) -> tuple[TreeStore, dict[str, int]]:
-                return judge_examples(data, prompt)
-        else:
-            answers = None
-
-            def examples(data: DataOptions, loss: LossOptions) -> tuple[TreeStore, dict[str, int]]:
-                return reward_examples(data, start.chat, start.pad[1], loss, options.seed)
-
-        store, left = examples(options.data, options.loss)
+        examples, answers = _examples(kind, options, start)
+        store, left = examples(options.data, options.loss, False)
         doing("planning the rows")
         unit = "sets" if options.loss.kind != "bradley-terry" else UNITS[kind]
         plan = Plan(store.lengths, store.leaves, plan_options(options, mesh), options.epochs)
@@ -103,8 +92,10 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         )
         data, held_out = store.digest, None
         if held_data is not None:
-            plain = LossOptions(options.loss.kind)  # of plain choices, so that runs with other labels can be compared
-            held_store, _ = examples(held_data, plain)
+            plain = LossOptions(
+                options.loss.kind, k=options.loss.k
+            )  # of plain choices, so that runs with other labels can be compared
+            held_store, _ = examples(held_data, plain, True)
             program = make_evaluation(kind, definition, answers, options.model.dtype, plain)
             held_out = HeldOut(program, held_store, _held_out_plan(held_store, options, mesh), mesh, options.evaluation)
             data += f" {held_store.digest}"
@@ -125,8 +116,22 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         whole = state.whole
         del state, params  # room for what the weights are averaged with
         params = start.exported(definition, whole, mesh)
-        save_model(paths.join(out, "export"), params, start.raw, start.chat, start.pad, start.name)
+        saved = (params, start.raw, start.chat, start.pad, start.name, start.model.rule_ids)
+        save_model(paths.join(out, "export"), *saved)
     return made | {"parameters": count, "padding": plan.padding}
+
+
+def _examples(kind: Kind, options: TrainOptions, start: Start) -> tuple[Callable[..., Examples], Answers | None]:
+    """How the examples of data are made, ``(data, loss, held_out)`` to them, and the answers of a judge."""
+    chat, pad_id, seed, ids = start.chat, start.pad[1], options.seed, start.model.rule_ids
+    if kind == "reward":
+        return lambda data, loss, held_out: reward_examples(data, chat, pad_id, loss, seed), None
+    if kind == "adapter":
+        return lambda data, loss, held_out: adapter_examples(data, chat, pad_id, ids, loss.k, not held_out), None
+    if options.data.rules is None:
+        raise InputError("data.rules is missing: give the pool that the rule labels are of (--rules)")
+    prompt = JudgePrompt(chat, RulePool.load(options.data.rules), options.data.template)
+    return lambda data, loss, held_out: judge_examples(data, prompt), prompt.answers
 
 
 def _from_anywhere(options: TrainOptions) -> TrainOptions:
@@ -142,9 +147,15 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
     named = placed(model.checkpoint, os.path.isdir)
     model = replace(model, pretrained=placed(model.pretrained, os.path.isdir), checkpoint=named, scratch=scratch)
     mix = tuple(replace(m, pairs=placed(m.pairs, os.path.exists), labels=placed(m.labels)) for m in data.mix)
-    data = replace(data, pairs=placed(data.pairs, os.path.exists), labels=placed(data.labels), rules=placed(data.rules))
-    data, held = replace(data, mix=mix), options.evaluation
-    held = replace(held, pairs=placed(held.pairs, os.path.exists), labels=placed(held.labels))
+    data, held = (
+        replace(
+            source,
+            pairs=placed(source.pairs, os.path.exists),
+            labels=placed(source.labels),
+            scores=placed(source.scores, os.path.isdir),
+        )
+        for source in (replace(data, rules=placed(data.rules), mix=mix), options.evaluation)
+    )
     return replace(options, model=model, data=data, evaluation=held)
 
 

@@ -1,6 +1,7 @@
 """A trained model as a Hugging Face folder that other tools read."""
 
 import os
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from adaptrm import paths
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.errors import InputError
 from adaptrm.hf.export import model_config, save_weights, write_json
+from adaptrm.judge.pair_prompt import TEXT
 from adaptrm.parallel.distributed import told_to_all
+from adaptrm.train.step import Kind
 
 MARK = "tags: [adaptrm,"  # in the card of every folder that is written here
 CARD = """---
@@ -33,6 +36,25 @@ safety rules that tell the two responses apart.
 Limits: it reflects the judge, the rules and the pairs that it was trained with, and says nothing of texts unlike them.
 """
 
+# Task, tag, title and what it is.
+ABOUT: dict[Kind, tuple[str, str, str, str]] = {
+    "reward": (
+        *("text-classification", "reward-model", "Reward model"),
+        "A reward model: one score a conversation, higher is better; only differences at one prompt mean anything.",
+    ),
+    "judge": (
+        *("text-generation", "judge", "Rule judge"),
+        "A judge: asked about a statement on a response, it answers Yes, No or Neither.",
+    ),
+    "adapter": (
+        *("text-classification", "rule-adapter", "Rule adapter"),
+        "A rule adapter: shown a conversation and two responses, it says which rules tell them apart: a logit a rule, "
+        "the largest are chosen. It reads one turn of the user:\n\n```\n" + TEXT + "\n```\n\n"
+        "Messages stand as `User: ...` or `Assistant: ...`, an empty line after each; the responses in the order of "
+        "their texts.",
+    ),
+}
+
 
 def save_model(
     out: str | os.PathLike,
@@ -41,6 +63,7 @@ def save_model(
     chat: ChatTokenizer,
     pad: tuple[str | None, int | None],
     base_model: str | None = None,
+    rule_ids: Sequence[str] = (),
 ) -> None:
     """Write weights, config, tokenizer with its chat template, and model card; process 0 writes.
 
@@ -48,6 +71,7 @@ def save_model(
         raw: the ``config.json`` of the model it started from.
         pad: pad token and its id; transformers pools a reward at the last token that is not pad.
         base_model: the model it started from, for the card.
+        rule_ids: the labels of an adapter; none of another model.
     """
     flat = dict(nnx.to_flat_state(params))
     embedding, head = flat[("model", "embed_tokens", "weight")], flat.get(("score", "weight"))
@@ -62,8 +86,15 @@ def save_model(
         fields = {"vocab_size": embedding.shape[0], "torch_dtype": dtype}
         if pad[1] is not None:
             fields["pad_token_id"] = pad[1]
+        if rule_ids:
+            fields |= {
+                "id2label": {str(number): rule for number, rule in enumerate(rule_ids)},
+                "label2id": {rule: number for number, rule in enumerate(rule_ids)},
+                "problem_type": "multi_label_classification",
+            }
         chat.save(folder, pad[0])
-        paths.write_bytes(folder / "README.md", _card(head is not None, base_model, dtype, pad).encode())
+        kind = "judge" if head is None else "adapter" if rule_ids else "reward"
+        paths.write_bytes(folder / "README.md", _card(kind, base_model, dtype, pad).encode())
         # Last: a folder with a config.json is a whole one.
         write_json(folder / "config.json", model_config(raw, None if head is None else head.shape[0], **fields))
 
@@ -92,22 +123,18 @@ def _ours(name: str) -> bool:
     return name.startswith(("model", "config.json", "README.md", *tokenizer))
 
 
-def _card(is_reward: bool, base_model: str | None, dtype: str, pad: tuple[str | None, int | None]) -> str:
+def _card(kind: Kind, base_model: str | None, dtype: str, pad: tuple[str | None, int | None]) -> str:
     named = base_model is not None and base_model.count("/") == 1 and not Path(base_model).exists()
-    what = (
-        "A reward model: one score a conversation, higher is better; only differences at one prompt mean anything."
-        if is_reward
-        else "A judge: asked about a statement on a response, it answers Yes, No or Neither."
-    )
+    task, tag, title, what = ABOUT[kind]
     return CARD.format(
-        task="text-classification" if is_reward else "text-generation",
-        tag="reward-model" if is_reward else "judge",
+        task=task,
+        tag=tag,
         base=f"base_model: {base_model}\n" if named else "",
-        title="Reward model" if is_reward else "Rule judge",
+        title=title,
         what=what,
         start="random weights" if base_model is None else base_model if named else Path(base_model).name,
         dtype=dtype,
         pad=""
-        if pad[0] is None or not is_reward
-        else f"- Pad token: `{pad[0]}` (id {pad[1]}); the reward is read at the last token that is not pad.\n",
+        if pad[0] is None or kind == "judge"
+        else f"- Pad token: `{pad[0]}` (id {pad[1]}); scores are read at the last token that is not pad.\n",
     )

@@ -17,13 +17,14 @@ from adaptrm.hf.folder import Folder, open_folder
 from adaptrm.hf.load import abstract_model, load_weights
 from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
 from adaptrm.progress import say
+from adaptrm.rules import RulePool
 from adaptrm.train.checkpoint import METADATA, Checkpoints, find, stored_config
 from adaptrm.train.lora import merged, with_adapters
 from adaptrm.train.state import init_params, param_shardings, trained_and_frozen
 from adaptrm.train.step import Kind
 from adaptrm.yaml_text import read_yaml
 
-MODEL_TYPES = {"judge": CausalLM, "reward": SequenceClassifier}
+MODEL_TYPES = {"judge": CausalLM, "reward": SequenceClassifier, "adapter": SequenceClassifier}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Start:
     def named(self) -> str | None:
         return self.model.checkpoint
 
+    @property
+    def num_labels(self) -> int:
+        """Of the head of a classifier."""
+        return len(self.model.rule_ids) or 1
+
     def params(self, mesh: Mesh, seed: int, resumed: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
         """Definition and parameters on the mesh; shapes alone of those that a run's own checkpoint holds.
 
@@ -59,7 +65,7 @@ class Start:
         if self.model.lora is None:
             return self._shapes(mesh) if resumed else self._plain(mesh, seed, "float32")
         _, base = self._plain(mesh, seed, self.model.dtype)
-        definition, params = with_adapters(self._type, self.config, base, self.model.lora, seed, mesh)
+        definition, params = with_adapters(self._type, self.config, base, self.model.lora, seed, mesh, self.num_labels)
         if not resumed:
             return definition, params
         trained, frozen = trained_and_frozen(params)
@@ -75,12 +81,12 @@ class Start:
             definition, params = open_run(self.named).trained(self.named, mesh)
             return definition, jax.tree.map(lambda x: x.astype(dtype), params)
         if self.folder is None:
-            return init_params(self._type, self.config, seed, mesh)
-        options = dict(dtype=dtype, new_head_seed=seed, vocab_size=self.config.vocab_size)
+            return init_params(self._type, self.config, seed, mesh, self.num_labels)
+        options = dict(dtype=dtype, new_head_seed=seed, vocab_size=self.config.vocab_size, num_labels=self.num_labels)
         return load_weights(self.folder, self._type, mesh, **options)[:2]
 
     def _shapes(self, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-        definition, abstract = abstract_model(self._type, self.config)
+        definition, abstract = abstract_model(self._type, self.config, self.num_labels)
         places = param_shardings(definition, abstract, mesh)
         shape = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
         return definition, jax.tree.map(shape, abstract, places)
@@ -169,6 +175,28 @@ def follow_checkpoint(kind: Kind, options: TrainOptions) -> TrainOptions:
     return replace(options, model=model)
 
 
+def with_rule_ids(kind: Kind, options: TrainOptions) -> TrainOptions:
+    """With the rules of ``data.rules`` as the labels of an adapter, so that its run knows them without that file.
+
+    Raises:
+        InputError: no pool, or what it starts from chooses among other rules.
+    """
+    if kind != "adapter":
+        if options.model.rule_ids:
+            raise InputError(f"model.rule_ids is of adapters; train {kind} takes none")
+        return options
+    if options.data.rules is None:
+        raise InputError("data.rules is missing: give the pool that an adapter chooses from (--rules)")
+    ids = RulePool.load(options.data.rules).ids
+    sources = {options.data.rules: options.model.rule_ids}
+    if (named := options.model.checkpoint) is not None:
+        sources[named] = read_options(named)[1].model.rule_ids
+    for source, others in sources.items():
+        if others and others != ids:
+            raise InputError(f"{source}: has other rules than the adapter's {len(ids)}; give the same pool (--rules)")
+    return replace(options, model=replace(options.model, rule_ids=ids))
+
+
 def pinned(options: TrainOptions, out: str | os.PathLike) -> TrainOptions:
     """With ``model.checkpoint`` the very checkpoint that a run names now, or named when ``out`` was begun.
 
@@ -203,6 +231,11 @@ def start_of(kind: Kind, options: TrainOptions) -> Start:
         config.check("model.scratch")
         return Start(kind, None, chat, config.to_hf(), config, pad, None, options.model)
     folder = open_folder(options.model.pretrained)
+    if kind == "adapter" and folder.is_classifier and folder.label_names != options.model.rule_ids:
+        raise InputError(
+            f"{options.model.pretrained}: has other labels than the {len(options.model.rule_ids)} rules; an adapter "
+            "starts from a language model, or from an adapter of the same rules"
+        )
     chat = ChatTokenizer.from_folder(folder.path)
     pad = _pad(kind, chat, folder.pad_token_id if folder.is_classifier else None)
     config = replace(folder.config, vocab_size=max(folder.config.vocab_size, (pad[1] or 0) + 1))
@@ -210,7 +243,7 @@ def start_of(kind: Kind, options: TrainOptions) -> Start:
 
 
 def _pad(kind: Kind, chat: ChatTokenizer, stored: int | None) -> tuple[str | None, int | None]:
-    """A judge keeps its tokenizer's pad token, a reward model its own; a new reward model gets a safe one."""
+    """A judge keeps its tokenizer's pad token, a classifier its own; a new classifier gets a safe one."""
     if kind == "judge":
         return chat.tokenizer.pad_token, chat.tokenizer.pad_token_id
     if stored is None:

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adaptrm.hf.load import abstract_model, logical_axes
+from adaptrm.hf.load import abstract_model, logical_axes, random_model
 from adaptrm.models.config import ModelConfig
 from adaptrm.models.layers import ADAPTERS
 from adaptrm.parallel import constrain, sharding
@@ -41,12 +41,14 @@ def param_shardings(definition: nnx.GraphDef, abstract: nnx.State, mesh: Mesh) -
     return nnx.from_flat_state(flat)
 
 
-def init_params(model_type, config: ModelConfig, seed: int, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+def init_params(
+    model_type, config: ModelConfig, seed: int, mesh: Mesh, num_labels: int = 1
+) -> tuple[nnx.GraphDef, nnx.State]:
     """Random parameters, made on the devices that hold them."""
-    definition, abstract = abstract_model(model_type, config)
+    definition, abstract = abstract_model(model_type, config, num_labels)
 
     def make():
-        return nnx.state(model_type(config, nnx.Rngs(seed)))
+        return nnx.state(random_model(model_type, config, seed, num_labels))
 
     return definition, jax.jit(make, out_shardings=param_shardings(definition, abstract, mesh))()
 

@@ -41,7 +41,7 @@ def loss_sums(
         return answer_cross_entropy(read, batch["targets"], batch["weights"])
     read = label_logits(hidden, model.score.weight[...])
     if kind == "adapter":
-        return label_cross_entropy(read, batch["targets"], batch["weights"])
+        return label_cross_entropy(read, batch["targets"], batch["weights"], loss.k)
     return reward_loss(read[..., 0], batch, loss)
 
 
