@@ -76,18 +76,13 @@ def made(tmp_path_factory) -> Path:
     return out
 
 
-def options(made: Path, steps: int = 24, data: dict | None = None, **more):
+def options(made: Path, steps: int = 16, data: dict | None = None, **more):
     learnt = data or {"pairs": str(made / "train.jsonl"), "labels": str(made / "train-labels.jsonl")}
     section = {
         "model": {"pretrained": str(made / "lm"), "remat": "none"},
-        "data": {"rules": str(made / "pool.yaml"), "row_length": 512, "rows_per_step": 8} | learnt,
+        "data": {"rules": str(made / "pool.yaml"), "row_length": 256, "rows_per_step": 8} | learnt,
         "loss": {"k": K},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0},
-        "evaluation": {
-            "pairs": str(made / "held.jsonl"),
-            "labels": str(made / "held-labels.jsonl"),
-            "every_steps": steps,
-        },
         "epochs": 99,
         "max_steps": steps,
     }
@@ -101,8 +96,8 @@ def run(made) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(run) -> RuleAdapter:
-    return adaptrm.RuleAdapter.from_pretrained(run)
+def adapter(run, one_device) -> RuleAdapter:
+    return adaptrm.RuleAdapter.from_pretrained(run, mesh=one_device)
 
 
 def test_it_learns_which_rules_tell_a_pair_apart(made, run, adapter, monkeypatch, capsys):
@@ -131,10 +126,6 @@ def test_it_learns_which_rules_tell_a_pair_apart(made, run, adapter, monkeypatch
     assert labels["oracle"] == 1 and labels["adapter"] > labels["random"]
     regret = found["choices"]["adapter"]["regret"]["value"]
     assert regret == pytest.approx(labels["oracle"] - labels["adapter"])
-    # What a run says of itself while it trains is what it does afterwards.
-    told = [line for line in losses(run) if "evaluation/accuracy" in line]
-    assert told[-1]["evaluation/accuracy"] == pytest.approx(found["accuracy"])
-    assert told[0]["evaluation/loss"] > told[-1]["evaluation/loss"]
 
 
 def test_the_order_of_the_responses_changes_nothing(adapter):
@@ -187,7 +178,7 @@ def test_pairs_without_a_label_are_not_learnt_from(made, tmp_path):
     assert [store[i][1]["weights"].tolist() for i in range(48)] == [[1]] * 30 + [[0]] * 18
 
 
-def test_the_export_is_what_transformers_computes(made, run, adapter, tmp_path):
+def test_the_export_is_what_transformers_computes(run, adapter, tmp_path, one_device):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -205,7 +196,7 @@ def test_the_export_is_what_transformers_computes(made, run, adapter, tmp_path):
     with torch.no_grad():
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         theirs = model(**given, labels=torch.tensor(targets))
-    ours = RuleAdapter.from_pretrained(tmp_path / "out").score(pairs)
+    ours = RuleAdapter.from_pretrained(tmp_path / "out", mesh=one_device).score(pairs)
     np.testing.assert_array_equal(ours, adapter.score(pairs))
     np.testing.assert_allclose(ours, theirs.logits.numpy(), atol=1e-4)
     from adaptrm.train.losses import label_cross_entropy
@@ -310,7 +301,7 @@ def test_wrong_input_is_one_line(made, run, adapter, tmp_path):
     assert "data.rules is missing" in refused(
         train, "adapter", replace(given, data=replace(given.data, rules=None)), tmp_path / "run"
     )
-    held = replace(given, evaluation=replace(given.evaluation, labels=None))
+    held = replace(given, evaluation=replace(given.evaluation, pairs=str(made / "held.jsonl")))
     assert "give one of evaluation.labels, evaluation.scores" in refused(train, "adapter", held, tmp_path / "run")
     job = ScoreJob(*(str(made / name) for name in ("held.jsonl", "lm")), other, str(tmp_path / "out"), k=K)
     assert "has other rules than the adapter's 6" in refused(score, job, adapter)
@@ -333,7 +324,11 @@ def test_soft_targets_lora_and_another_mesh_learn_too_and_go_on(made, tmp_path):
     train("adapter", replace(given, max_steps=40), tmp_path / "whole")  # has ended
     found = RuleAdapter.from_pretrained(tmp_path / "whole")
     args = (str(made / "held-scores"), None, str(tmp_path / "out.json"), K)
-    assert evaluate_rules(found, *args, model="m", dtype="float32")["accuracy"] > 0.8
+    accuracy = evaluate_rules(found, *args, model="m", dtype="float32")["accuracy"]
+    # What a run says of itself while it trains is what it does afterwards.
+    told = [line for line in losses(tmp_path / "whole") if "evaluation/accuracy" in line]
+    assert told[-1]["evaluation/accuracy"] == pytest.approx(accuracy) and accuracy > 0.6  # a constant: .33
+    assert told[0]["evaluation/loss"] > told[-1]["evaluation/loss"]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "export")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "40")
