@@ -166,7 +166,10 @@ def label(
     discrepancy_weight: Annotated[float, typer.Option(help="Weight of |a - b| beside relevance.")] = 0.5,
     rule: Annotated[list[str] | None, typer.Option(help="A rule id, for strategy fixed; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="For strategy random.")] = 0,
-    gold: Annotated[str | None, typer.Option(help="People's verdicts on pairs, to fit evidence by.")] = None,
+    gold: Annotated[str | None, typer.Option(help="People's verdicts: labels, and what calibrates the rest.")] = None,
+    review: Annotated[str | None, typer.Option(help="JSONL to write pairs to that people should look at.")] = None,
+    target_error: Annotated[float | None, typer.Option(help="Abstain so that no more labels are wrong.")] = None,
+    reliability: Annotated[str | None, typer.Option(help="Draw a reliability diagram: FILE.svg or FILE.png.")] = None,
     weights: Annotated[str | None, typer.Option(help="Evidence by the weights in this file.")] = None,
     save_weights: Annotated[str | None, typer.Option(help="Where to write the weights that evidence fits.")] = None,
     fall_back: Annotated[
@@ -182,11 +185,16 @@ def label(
     from adaptrm.evidence.table import for_people
     from adaptrm.label import LabelJob
     from adaptrm.label import label as run
+    from adaptrm.reliability import with_reliability
 
     evidence = EvidenceOptions(weights, save_weights, fall_back, project_length)
     rules = tuple(rule or ())
-    found = run(LabelJob(scores, out, pairs, strategy.value, k, discrepancy_weight, rules, seed, gold, evidence))
-    show(found if as_json else for_people(found), as_json)
+    job = LabelJob(
+        *(scores, out, pairs, strategy.value, k, discrepancy_weight, rules, seed, gold, evidence),
+        *(review, target_error, reliability),
+    )
+    found = run(job)
+    show(found if as_json else with_reliability(for_people(found)), as_json)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

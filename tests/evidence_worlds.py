@@ -36,7 +36,7 @@ def scores_of(d: np.ndarray) -> Scores:
 
 def rows_of(scores: Scores, rows: slice | np.ndarray) -> Scores:
     """Some of the pairs, in this order."""
-    arrays = {name: x[rows] for name, x in vars(scores).items() if name not in ("ids", "rule_ids")}
+    arrays = {name: x[rows] for name, x in vars(scores).items() if isinstance(x, np.ndarray)}
     return Scores(ids=np.array(scores.ids)[rows].tolist(), rule_ids=scores.rule_ids, **arrays)
 
 

@@ -218,8 +218,8 @@ LAYERS = [
     ["attention", "parallel"],
     ["models"],
     ["hf", "data", "rules"],
-    ["selection"],
-    ["judge", "health"],  # the judge selects in the program that scores
+    ["selection", "calibration"],
+    ["judge", "health", "confidence", "reliability"],  # the judge selects in the program that scores
     ["evidence"],
     ["train"],
     ["evaluate"],

@@ -28,6 +28,8 @@ COLUMNS = {
 RULES = "rules"  # a column where an adapter chose: which rules were judged
 CONTROL = "control.parquet"
 BATCH_ROWS, BUFFER_BYTES = 4096, 1 << 20
+# Of a manifest: where pairs and models lay and what the rules say; what all these held is compared by its hash.
+FOR_READERS = {"pairs", "model", "adapter", "rule_texts", "rule_signs"}
 LOW_MASS = 0.1  # below it the judge was mostly about to say something else than an answer
 
 
@@ -90,8 +92,7 @@ def write_manifest(folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
 def check_manifest(folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
     """Raise where the folder was made under another manifest, and name the first field that differs."""
     stored = read_manifest(folder)
-    # Where pairs and models lay is for the reader; what they held is compared by its hash.
-    for name in sorted((stored.keys() | manifest.keys()) - {"pairs", "model", "adapter"}):
+    for name in sorted((stored.keys() | manifest.keys()) - FOR_READERS):
         if stored.get(name) != manifest.get(name):
             raise InputError(f"{folder}: holds scores with another {name}; give another --out or delete the folder")
 

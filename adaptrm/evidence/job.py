@@ -1,11 +1,10 @@
 """The weights that ``adaptrm label --strategy evidence`` votes with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from adaptrm.data.gold import read_gold
 from adaptrm.data.scored_pairs import read_scored
 from adaptrm.data.scores import Batch, read_manifest
 from adaptrm.errors import InputError
@@ -33,13 +32,13 @@ class EvidenceOptions:
 
 
 def weighed(
-    scores: str, source: str, strategy: str, gold: str | None, options: EvidenceOptions
+    scores: str, source: str, strategy: str, gold: Mapping[str, int], options: EvidenceOptions
 ) -> tuple[str, EvidenceWeights | None]:
     """The strategy to label a score folder by, and its weights if that is ``evidence``.
 
     Args:
         source: the scored pairs.
-        gold: file of verdicts to fit by.
+        gold: verdicts to fit by, by the pair's id.
 
     Raises:
         TooLittle: the scores cannot support weights, and nothing says to fall back.
@@ -75,10 +74,11 @@ def weighed(
     return strategy, weights
 
 
-def _fitted(scores: str, source: str, rule_ids: list[str], gold: str | None, project_length: bool) -> EvidenceWeights:
+def _fitted(
+    scores: str, source: str, rule_ids: list[str], gold: Mapping[str, int], project_length: bool
+) -> EvidenceWeights:
     def batches() -> Iterator[tuple[Batch, np.ndarray]]:
         for batch, pairs in read_scored(scores, source):
             yield batch, lengths(pairs)[:, None]
 
-    verdicts = {} if gold is None else read_gold(gold)
-    return fit_batches(batches(), rule_ids, ["length"], verdicts, project_length, scores)
+    return fit_batches(batches(), rule_ids, ["length"], gold, project_length, scores)
