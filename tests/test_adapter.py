@@ -231,6 +231,8 @@ def test_a_judge_is_asked_about_the_chosen_rules_alone(scored, adapter):
             assert np.isnan(values).sum() == values.size - chosen.size
     manifest = json.loads((scored / "few" / "manifest.json").read_text())
     assert manifest["k"] == K and "model.safetensors" in manifest["adapter_sha256"]
+    known = [(rule.text, rule.sign) for rule in POOL]
+    assert [*zip(manifest["rule_texts"], manifest["rule_signs"], strict=True)] == known
     told = json.loads((scored / "told.json").read_text())
     tokens = told["token_costs"]
     assert tokens["judge"] < tokens["judge_all_rules"] and tokens["pairs"] == 4

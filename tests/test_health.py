@@ -63,7 +63,7 @@ def written(tmp_path):
         )
         for part in range(parts):
             rows = slice(100 * part, 100 * part + 100)
-            arrays = {k: v[rows] for k, v in vars(scores).items() if k != "rule_ids"}
+            arrays = {k: v[rows] for k, v in vars(scores).items() if k != "rule_ids" and v is not None}
             write_part(folder, part, Scores(**arrays, rule_ids=scores.rule_ids))
         return folder
 

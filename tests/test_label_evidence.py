@@ -80,6 +80,17 @@ def test_gold_and_length_reach_the_fit(label, world, tmp_path):
     np.testing.assert_allclose(EvidenceWeights.load(tmp_path / "weights.json").a, expected.a, rtol=1e-4, atol=1e-6)
 
 
+def test_without_gold_it_abstains_by_what_it_believes_and_says_so(label, tmp_path):
+    code, found, said = label("--target-error", "0.01", "--review", tmp_path / "review.jsonl")
+    assert code == 0 and "abstains by what strategy evidence believes of itself; --gold would check it" in said
+    doubt = [1 - one.probability for one in read_labels(tmp_path / "labels.jsonl")]
+    asked = [json.loads(line) for line in (tmp_path / "review.jsonl").read_text().splitlines()]
+    left = [1 - row["probability"] for row in asked if row["reason"] == "abstained"]
+    assert len(left) == found["abstained"] > 0 and min(left) >= max(doubt)
+    assert np.mean(doubt) <= 0.01 < np.mean([*doubt, *left])
+    assert found["abstention"]["by"] == "the model's own probabilities"
+
+
 def test_scores_that_support_nothing_fall_back_only_if_told(label, tmp_path):
     noise = scores_of(np.random.default_rng(0).standard_normal((PAIRS, RULES)))
     folder = write_folder(tmp_path / "noise", noise, 600)
