@@ -91,17 +91,17 @@ TruncateTo = Annotated[
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Folder for everything it makes.")] = "adaptrm-demo",
-    pairs: Annotated[int, typer.Option(min=24, help="Pairs to label; from fewer the models learn little.")] = 1200,
+    pairs: Annotated[int, typer.Option(min=24, help="Pairs to label in each world; fewer teach little.")] = 800,
+    full: Annotated[bool, typer.Option("--full", help="Five seeds, with intervals of the differences.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run the whole chain at tiny scale, on a CPU, with no downloads."""
+    """Run the whole chain at tiny scale in two synthetic worlds, on a CPU, with no downloads."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the demo asks no hub for anything
     from adaptrm.demo.run import run_demo
 
-    figures = run_demo(out, pairs)
-    if not as_json:  # the table shows them
-        figures = {k: v for k, v in figures.items() if k not in ("strategies", "judge_accuracy")}
-    show(figures, as_json)
+    figures = run_demo(out, pairs, full)
+    shown_by_table = () if as_json else ("worlds",)
+    show({k: v for k, v in figures.items() if k not in shown_by_table}, as_json)
 
 
 @app.command()

@@ -1,9 +1,9 @@
-"""``adaptrm demo``: the whole chain on the synthetic world, with the code that real runs use."""
+"""``adaptrm demo``: the whole chain on two synthetic worlds, with the code that real runs use."""
 
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,82 +11,150 @@ from typing import Any
 import numpy as np
 
 from adaptrm import paths
-from adaptrm.config import load_options
+from adaptrm.config import TrainOptions, load_options
+from adaptrm.data.chat import ChatTokenizer
+from adaptrm.data.labels import read_labels
 from adaptrm.data.preferences import Pair, read_pairs
 from adaptrm.data.scores import read_parts
+from adaptrm.demo.figures import FULL_SEEDS, TRAINED, summary, table_of
+from adaptrm.demo.pictures import draw
 from adaptrm.demo.tokenizer import make_tokenizer
-from adaptrm.demo.world import World, demo_pool, make_pairs, rule_labels
+from adaptrm.demo.world import WORLDS, World, demo_pool, make_pairs, rule_labels
+from adaptrm.errors import InputError
 from adaptrm.evaluate import evaluate_pairs
+from adaptrm.evidence.job import EvidenceOptions
 from adaptrm.export import export_run
+from adaptrm.judge.prompts import JudgePrompt
 from adaptrm.judge.score import ScoreJob, score
 from adaptrm.label import LabelJob, label
 from adaptrm.progress import say
 from adaptrm.reward_model import RewardModel
 from adaptrm.train.run import train
 
-STRATEGIES = ("max-discrepancy", "random", "all")
-NEITHER, SEED = 5, 0
+NEITHER = 5
+K = 4  # rules a pair
+# What somebody might pick who picks once for all pairs.
+FIXED = ("declines-harm", "respects-law", "explains-reason", "offers-alternative")
+PAIRS_COUNTED = 200  # whose tokens say what a pair costs
 
 
-def run_demo(out: str | os.PathLike, pairs_to_label: int = 1200) -> dict[str, Any]:
-    """Make a world, train a judge, score, select, label, train reward models, evaluate, export, verify.
+def run_demo(out: str | os.PathLike, pairs_to_label: int = 800, full: bool = False) -> dict[str, Any]:
+    """Make two worlds, train a judge, score, select, label, train reward models, evaluate, export, verify.
 
-    Started again with the same folder it goes on where it stopped.
+    Started again with the same folder it goes on where it stopped; with ``full`` the first seed's work is used.
 
     Args:
-        pairs_to_label: the size of the world; held-out pairs and the replies that the judge learns from are in
+        pairs_to_label: the size of each world; held-out pairs and the replies that the judge learns from are in
             proportion. From less than the default the models learn little.
+        full: five seeds of everything, and intervals of the differences between strategies.
 
     Returns:
         The figures, and ``table`` for people.
+
+    Raises:
+        InputError: the folder holds a demo of another size.
     """
     out = Path(out)
     began = time.perf_counter()
-    few, many = (round(pairs_to_label * share) for share in (5 / 12, 5 / 3))
-    say(f"1/7 A synthetic world with planted truth: {pairs_to_label} pairs, {few} held out, {len(demo_pool())} rules.")
-    world, held_out, judged = make_pairs(pairs_to_label, SEED), make_pairs(few, SEED + 1), make_pairs(many, SEED + 2)
-    pool, pairs = out / "rules.yaml", out / "pairs.jsonl"
-    make_tokenizer(judged.texts(), out / "tokenizer")
+    size = _once(out / "demo.json", lambda: {"pairs": pairs_to_label})["pairs"]
+    if size != pairs_to_label:
+        raise InputError(f"{out}: holds a demo of {size} pairs; give --pairs {size}, or another --out")
+    found = [_one_seed(out / f"seed-{seed}", pairs_to_label, seed) for seed in range(FULL_SEEDS if full else 1)]
+    say("Export the reward model of evidence in the noisy world and read it back.")
+    run = out / "seed-0" / "noisy" / "reward-evidence"
+    verified = _once(out / "verified.json", lambda: export_run(run, out / "export", check=True))
+    figures = summary(found) | {"export": str(out / "export"), "verified_by": verified}
+    figures |= {"pictures": draw(figures, out / "pictures")}
+    paths.write_bytes(out / "figures.json", (json.dumps(figures, indent=2) + "\n").encode())
+    return figures | {"seconds": round(time.perf_counter() - began, 1), "table": table_of(figures)}
+
+
+def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a stage found, made where no earlier run has made it."""
+    if not paths.exists(file):
+        paths.write_bytes(file, (json.dumps(make()) + "\n").encode())
+    return json.loads(paths.read_bytes(file))
+
+
+def _one_seed(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Both worlds of a seed, with one judge."""
+    held, replies = round(count * 5 / 8), 3 * count  # of each world
+    say(f"Seed {seed}: two worlds with planted truth, {count} pairs to label in each, {held} held out.")
+    tokenizer, pool, labels = folder / "tokenizer", folder / "rules.yaml", folder / "rule-labels.jsonl"
+    first = 3 * seed
+    _once(folder / "learnt.json", lambda: _write_learnt(tokenizer, pool, labels, replies, first + 2))
+
+    scratch = {"model.scratch.tokenizer": str(tokenizer), "seed": seed}
+    options = load_options("demo", "judge", scratch | {"data.labels": str(labels), "data.rules": str(pool)})
+    say(f"Seed {seed}: train a judge on rule labels of {2 * replies} other replies.")
+    _once(folder / "judge.json", lambda: train("judge", options, folder / "judge"))
+    found: dict[str, Any] = {}
+    for name in WORLDS:
+        world, held_out = make_pairs(name, count, first), make_pairs(name, held, first + 1)
+        found[name] = _one_world(folder / name, folder, world, held_out, load_options("demo", "reward", scratch))
+    return found
+
+
+def _write_learnt(tokenizer: Path, pool: Path, labels: Path, replies: int, seed: int) -> dict[str, Any]:
+    """What a judge learns from: of each world so many replies, with labels of what they do with some rules."""
+    worlds = [make_pairs(world, -(-replies // 2), seed) for world in WORLDS]
+    make_tokenizer((text for world in worlds for text in world.texts()), tokenizer)
     paths.write_bytes(pool, demo_pool().to_yaml().encode())
+    _write_lines(labels, (row for world in worlds for row in rule_labels(world, replies, NEITHER, seed)))
+    return {"replies": len(worlds) * replies}
+
+
+def _one_world(folder: Path, of_seed: Path, world: World, held_out: World, options: TrainOptions) -> dict[str, Any]:
+    """Score, label by every strategy, train reward models and measure them."""
+    what = f"{of_seed.name}, {folder.name} world"
+    pairs, held, pool = folder / "pairs.jsonl", folder / "held-out.jsonl", folder / "rules.yaml"
+    paths.write_bytes(pool, world.pool.to_yaml().encode())
     _write_lines(pairs, map(_row, world.pairs))
-    _write_lines(out / "held-out.jsonl", map(_row, held_out.pairs))
-    _write_lines(out / "rule-labels.jsonl", rule_labels(judged, many, NEITHER, SEED))
+    _write_lines(held, map(_row, held_out.pairs))
 
-    say(f"2/7 Train a judge on rule labels of {many} other replies.")
-    tokenizer = {"model.scratch.tokenizer": str(out / "tokenizer")}
-    labelled = {"data.labels": str(out / "rule-labels.jsonl"), "data.rules": str(pool)}
-    train("judge", load_options("demo", "judge", tokenizer | labelled), out / "judge")
+    say(f"{what}: score every response against every rule.")
+    scores = folder / "scores"
+    job = ScoreJob(str(pairs), str(of_seed / "judge"), str(pool), str(scores))
+    found = dict(_once(folder / "scores.json", lambda: score(job) | {"accuracy": judge_accuracy(scores, world)}))
 
-    say("3/7 Score every response against every rule.")
-    scored = score(ScoreJob(str(pairs), str(out / "judge"), str(pool), str(out / "scores")))
-    figures: dict[str, Any] = {"judge_accuracy": judge_accuracy(out / "scores", world), "strategies": {}}
+    say(f"{what}: select rules and label the pairs, by every strategy.")
+    tokens = _once(folder / "tokens.json", lambda: _tokens(of_seed / "tokenizer", world))
+    strategies = {}
+    for name, job in label_jobs(str(scores), len(world.pool)).items():
+        file = folder / f"labels-{name}.jsonl"
+        job = replace(job, out=str(file))
+        labelled = _once(folder / f"labels-{name}.json", lambda job=job: label(job))
+        strategies[name] = {"label_agreement": labelled["agreement"], "ties": labelled["ties"]}
+        strategies[name] |= {"judge_tokens": tokens["some" if name in ("fixed", "random") else "all"]}
 
-    say("4/7 Select rules and label the pairs, three ways.")
-    options = load_options("demo", "reward", tokenizer | {"data.pairs": str(pairs)})
-    for strategy in STRATEGIES:
-        file = str(out / f"labels-{strategy}.jsonl")
-        summary = label(LabelJob(str(out / "scores"), file, strategy=strategy, seed=SEED))
-        figures["strategies"][strategy] = {"label_agreement": summary["agreement"], "ties": summary["ties"]}
+    for name in TRAINED:
+        say(f"{what}: train a reward model on the labels of {name}, measure it on held-out pairs.")
+        run = folder / f"reward-{name}"
+        data = replace(options.data, pairs=str(pairs), labels=str(folder / f"labels-{name}.jsonl"))
+        strategies[name] |= _once(
+            folder / f"reward-{name}.json",
+            lambda run=run, data=data: _reward_model(run, replace(options, data=data), held),
+        )
+    return {
+        "judge_accuracy": found["accuracy"],
+        "label_mass": found["label_mass"],
+        "strategies": strategies,
+        "decides": {name: _shares(folder / f"labels-{name}.jsonl", world) for name in ("max-discrepancy", "evidence")},
+    }
 
-    for strategy in STRATEGIES:
-        say(f"5/7 Train a reward model on the labels of {strategy}.")
-        run = out / f"reward-{strategy}"
-        data = replace(options.data, labels=str(out / f"labels-{strategy}.jsonl"))
-        train("reward", replace(options, data=data), run)
 
-    say("6/7 Measure the reward models on held-out pairs with the hidden truth.")
-    for strategy in STRATEGIES:
-        run = out / f"reward-{strategy}"
-        scorer = RewardModel.from_pretrained(run).score_pairs
-        held = read_pairs(out / "held-out.jsonl")
-        result = evaluate_pairs(scorer, held, run / "held-out.json", model=str(run), dtype="float32")
-        figures["strategies"][strategy] |= {"accuracy": result["accuracy"], "ci95": result["ci95"]}
-
-    say("7/7 Export the reward model of max-discrepancy and read it back.")
-    verified = export_run(out / "reward-max-discrepancy", out / "export", check=True)
-    figures |= {"export": str(out / "export"), "verified_by": verified}
-    figures |= {"label_mass": scored["label_mass"], "seconds": round(time.perf_counter() - began, 1)}
-    return figures | {"table": _table(figures)}
+def label_jobs(scores: str, rules: int) -> dict[str, LabelJob]:
+    """What every strategy asks of ``label``; with all rules the weights of evidence are those of the whole vote."""
+    # From very few pairs nobody can say what a rule is worth; then the published rule stands in, and a line says so.
+    one = LabelJob(scores, "", k=K)
+    evidence = replace(one, strategy="evidence", evidence=EvidenceOptions(fall_back=True))
+    return {
+        "fixed": replace(one, strategy="fixed", rules=FIXED),
+        **{name: replace(one, strategy=name) for name in ("random", "relevance", "max-discrepancy")},
+        "evidence": evidence,
+        "all": replace(one, strategy="all"),
+        "all-weighted": replace(evidence, k=rules),
+    }
 
 
 def judge_accuracy(scores: str | os.PathLike, world: World) -> float:
@@ -102,6 +170,44 @@ def judge_accuracy(scores: str | os.PathLike, world: World) -> float:
     return right / total
 
 
+def _reward_model(run: Path, options: TrainOptions, held_out: Path) -> dict[str, Any]:
+    train("reward", options, run)
+    scorer = RewardModel.from_pretrained(run).score_pairs
+    result = evaluate_pairs(scorer, read_pairs(held_out), run / "held-out.json", model=str(run), dtype="float32")
+    return {"accuracy": result["accuracy"], "ci95": result["ci95"], "right": _right(run / "held-out.rows.parquet")}
+
+
+def _right(rows: Path) -> list[int]:
+    """Of each pair, whether the chosen response scored higher."""
+    import pyarrow.parquet as pq
+
+    return [int(chosen > rejected) for chosen, rejected in pq.read_table(rows)["scores"].to_pylist()]
+
+
+def _tokens(tokenizer: Path, world: World) -> dict[str, float]:
+    """What a judge reads of a pair that is asked about all rules, and about some."""
+    prompt = JudgePrompt(ChatTokenizer.from_folder(tokenizer), world.pool)
+    asked = {"all": range(len(world.pool)), "some": range(K)}
+    some = world.pairs[:PAIRS_COUNTED]
+
+    def count(rules: range) -> float:
+        trees = (prompt.pair_trees(pair.prompt, pair.response_a, pair.response_b, rules) for pair in some)
+        return sum(len(one.tree) for of_pair in trees for one in of_pair) / len(some)
+
+    return {name: count(rules) for name, rules in asked.items()}
+
+
+def _shares(labels: Path, world: World) -> dict[str, float]:
+    """Of how many pairs each rule decides."""
+    counts = dict.fromkeys(world.pool.ids, 0)
+    total = 0
+    for one in read_labels(labels):
+        total += 1
+        for rule in one.rules:
+            counts[rule] += 1
+    return {rule: count / max(total, 1) for rule, count in counts.items()}
+
+
 def _row(pair: Pair) -> dict[str, Any]:
     return vars(pair) | {"prompt": [dict(message) for message in pair.prompt]}
 
@@ -110,17 +216,3 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with paths.writing(path) as stream:
         for row in rows:
             stream.write((json.dumps(row) + "\n").encode())
-
-
-def _table(figures: Mapping[str, Any]):
-    from rich.table import Table
-
-    table = Table(title="Agreement with the hidden preference")
-    for column in ("strategy", "labels", "reward model, held out (95 % interval)"):
-        table.add_column(column)
-    for strategy, found in figures["strategies"].items():
-        low, high = found["ci95"]
-        reward = f"{found['accuracy']:.3f} ({low:.3f} to {high:.3f})"
-        table.add_row(strategy, f"{found['label_agreement']:.3f}", reward)
-    table.caption = f"Judge: {figures['judge_accuracy']:.3f} of the rules that apply judged as planted"
-    return table

@@ -1,9 +1,13 @@
-"""A synthetic safety world with planted truth, for the demo: what is right is known because it was written that way.
+"""Synthetic safety worlds with planted truth, for the demo: what is right is known because it was written that way.
 
-A response is a handful of sentences, each of which keeps or breaks one rule in words of that rule. Few rules matter
-for a prompt, by its category; the hidden preference is their weighted sum. Every response also says things about
-rules that do not matter for the prompt: they apply, they differ between the responses, and a vote over all rules
-counts them. Harm is named in the abstract only, and nothing here tells anybody how to do anything.
+A response keeps or breaks some rules in words of those rules; the hidden preference is a weighted sum over the rules
+that matter. Harm is named in the abstract only, and nothing here tells anybody how to do anything.
+
+In the ``sparse`` world few rules matter for a prompt, by its category. Every response also says things about rules that
+do not matter for the prompt: they apply, they differ between the responses, and a vote over all rules counts them.
+In the ``noisy`` world every rule of substance matters for every prompt, but a response speaks of a few of them alone.
+The rules of form apply to every response, keep or break them as a coin falls, and no preference asks for them. A judge
+is as sure of them as of the others, so that what tells two responses apart most is, most often, noise.
 """
 
 from collections.abc import Iterator
@@ -16,8 +20,10 @@ from jaxtyping import Int8
 from adaptrm.data.preferences import Pair
 from adaptrm.rules import Rule, RulePool
 
+WORLDS = ("noisy", "sparse")
 GENERAL = "general"
 SAFE = "safe-request"
+FORM = "form"
 
 # Rule id: its category, what a response that keeps it does, what one that breaks it does, and to what. The rule names
 # both, so a tiny judge answers it by finding out which of the two the response does: it has to read rule and response.
@@ -46,7 +52,16 @@ RULES: dict[str, tuple[str, str, str, str]] = {
     "stays-polite": (GENERAL, "use", "drop", "polite words"),
     "withholds-judgement": (GENERAL, "suspend", "pass", "my judgement"),
     "invites-questions": (GENERAL, "invite", "dislike", "more questions"),
+    "numbers-points": (FORM, "number", "scatter", "the points"),
+    "marks-heading": (FORM, "underline", "hide", "the heading"),
+    "shortens-lines": (FORM, "shorten", "stretch", "the lines"),
+    "draws-table": (FORM, "draw", "erase", "a table"),
+    "adds-bullets": (FORM, "add", "remove", "the bullets"),
+    "quotes-prompt": (FORM, "quote", "paraphrase", "the prompt"),
+    "spells-numbers": (FORM, "spell", "round", "the numbers"),
+    "greets-reader": (FORM, "greet", "surprise", "the reader"),
 }
+FORMS = [rule for rule, (home, *_) in RULES.items() if home == FORM]
 
 # A sentence is one of these; what stands before the verb says nothing.
 FRAMES = (
@@ -54,8 +69,8 @@ FRAMES = (
     *("For {person} I {say}.", "Also, I {say} {soon}.", "With {things} in mind, {say}.", "You had better {say}."),
 )
 
-# What matters for a prompt of a category, and how much: the hidden preference.
-PREFERENCE: dict[str, dict[str, int]] = {
+# What matters for a prompt of a category in the sparse world, and how much.
+MATTERS: dict[str, dict[str, int]] = {
     "violence": {"condemns-violence": 3, "calms-conflict": 2, "declines-harm": 3, "offers-alternative": 2},
     "fraud": {"warns-of-fraud": 2, "returns-money": 3, "declines-harm": 2, "respects-law": 2, "explains-reason": 2},
     "privacy": {"guards-data": 3, "asks-consent": 2, "declines-harm": 2, "explains-reason": 2},
@@ -64,6 +79,13 @@ PREFERENCE: dict[str, dict[str, int]] = {
     "intrusion": {"guards-security": 3, "needs-permission": 2, "respects-law": 3, "declines-harm": 2},
     "misinformation": {"corrects-claim": 3, "cites-evidence": 3, "admits-limits": 2},
     SAFE: {"helps-safe-request": 3, "gives-details": 2, "withholds-judgement": 2, "invites-questions": 2},
+}
+# The hidden preference of each world, by the category of the prompt. In the noisy one nobody asks for anything safe:
+# help is right there and wrong elsewhere, so that no weight of it holds everywhere.
+SUBSTANCE = {rule: 2 if home == GENERAL else 3 for rule, (home, *_) in RULES.items() if home not in (SAFE, FORM)}
+PREFERENCE: dict[str, dict[str, dict[str, int]]] = {
+    "noisy": {category: SUBSTANCE for category in MATTERS if category != SAFE},
+    "sparse": MATTERS,
 }
 
 PROMPTS: dict[str, tuple[str, ...]] = {
@@ -135,12 +157,13 @@ SLOTS: dict[str, tuple[str, ...]] = {
 
 OPENINGS = ("Please. ", "Hello! ", "Quick question: ", "About {things}: ", "I sit here with {person}. ", "Once more: ")
 OPENING_SHARE = 0.6  # of prompts that begin with one of these
-SILENCE = 0.1  # chance that a response says nothing on a rule that matters
+SILENCE = 0.1  # chance that a response says nothing on a rule that matters, in the sparse world
+SPOKEN = 4  # rules of substance that a response speaks of, in the noisy world
 # Chance that a sentence keeps its rule, in a good and in a bad response. What a response says on the rules that matter
 # and what it says beside the point are good or bad apart from each other: the second is a nuisance that moves many
 # rules together, as tone does in real responses.
 KEPT = (0.85, 0.15)
-ASIDES = 3  # sentences a response has on rules that do not matter for its prompt
+ASIDES = 3  # sentences a response has on rules that do not matter for its prompt, in the sparse world
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +171,13 @@ class World:
     """Pairs and what is true of them.
 
     Attributes:
+        pool: the rules that may apply in this world.
         pairs: ``preferred`` is the hidden preference, ``subset`` the category of the prompt.
-        truth: for responses A and B of each pair and each rule of ``demo_pool``: 1 the response keeps the rule, -1 it
-            breaks it, 0 the rule does not apply.
+        truth: for responses A and B of each pair and each rule of the pool: 1 the response keeps the rule, -1 it breaks
+            it, 0 the rule does not apply.
     """
 
+    pool: RulePool
     pairs: list[Pair]
     truth: Int8[np.ndarray, "pairs 2 rules"]
 
@@ -160,53 +185,54 @@ class World:
         """Everything that is said in this world: what a tokenizer is trained on."""
         for pair in self.pairs:
             yield from (pair.prompt[-1]["content"], pair.response_a, pair.response_b)
-        yield from (rule.text for rule in demo_pool())
+        yield from (rule.text for rule in self.pool)
 
 
-def demo_pool() -> RulePool:
-    """The rules of the demo's world, in the order of the last axis of ``World.truth``."""
+def demo_pool(world: str = "sparse") -> RulePool:
+    """The rules that may apply in a world: in the sparse one all that there are."""
     rules = (
         Rule(id, category, f"The response would {keep}, not {breach} {thing}.")
         for id, (category, keep, breach, thing) in RULES.items()
+        if world == "sparse" or category != SAFE
     )
-    return RulePool("demo", "1", tuple(rules))
+    return RulePool(f"demo-{world}", "1", tuple(rules))
 
 
-def make_pairs(count: int, seed: int = 0) -> World:
-    """Write a world; the same arguments give the same world.
+def make_pairs(world: str, count: int, seed: int = 0) -> World:
+    """Write pairs of a world, ``noisy`` or ``sparse``; the same arguments give the same pairs.
 
     Responses A and B of a pair are drawn alike, so their order says nothing. A pair whose responses the hidden
     preference does not tell apart is drawn again.
     """
-    rng = np.random.default_rng(seed)
-    categories = list(PREFERENCE)
-    position = {rule: i for i, rule in enumerate(RULES)}
+    rng = np.random.default_rng([seed, WORLDS.index(world)])
+    categories = list(PREFERENCE[world])
+    pool = demo_pool(world)
+    position = {rule: i for i, rule in enumerate(pool.ids)}
     pairs: list[Pair] = []
-    truth = np.zeros((count, 2, len(RULES)), np.int8)
+    truth = np.zeros((count, 2, len(pool)), np.int8)
     while len(pairs) < count:
         category = categories[rng.integers(len(categories))]
         fills = {slot: str(rng.choice(values)) for slot, values in SLOTS.items()}
         prompt = _sentence(str(rng.choice(PROMPTS[category])), fills)
         if rng.random() < OPENING_SHARE:
             prompt = _sentence(str(rng.choice(OPENINGS)), fills) + prompt
-        sides = [_stances(rng, category) for _ in range(2)]
-        margin = hidden_margin(category, *sides)
+        sides = [_stances(rng, world, category) for _ in range(2)]
+        margin = hidden_margin(PREFERENCE[world][category], *sides)
         if not margin:
             continue
         for side, stances in enumerate(sides):
             for rule, stance in stances.items():
                 truth[len(pairs), side, position[rule]] = stance
         a, b = (_response(rng, stances, fills) for stances in sides)
-        number = f"demo-{len(pairs):05d}"
+        number = f"{world}-{len(pairs):05d}"
         message = {"role": "user", "content": prompt}
         pairs.append(Pair(number, (message,), a, b, "a" if margin > 0 else "b", category))
-    return World(pairs, truth)
+    return World(pool, pairs, truth)
 
 
-def hidden_margin(category: str, stances_a: dict[str, int], stances_b: dict[str, int]) -> int:
-    """How much better response A is than B by the rules that matter for the category; 0 is a tie."""
-    weights = PREFERENCE[category].items()
-    return sum(weight * (stances_a.get(rule, 0) - stances_b.get(rule, 0)) for rule, weight in weights)
+def hidden_margin(weights: dict[str, int], stances_a: dict[str, int], stances_b: dict[str, int]) -> int:
+    """How much better response A is than B by the rules that matter; 0 is a tie."""
+    return sum(weight * (stances_a.get(rule, 0) - stances_b.get(rule, 0)) for rule, weight in weights.items())
 
 
 def rule_labels(world: World, replies: int, neither: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -218,7 +244,7 @@ def rule_labels(world: World, replies: int, neither: int, seed: int = 0) -> Iter
             rules apply to no response and the judge would mostly learn to say so.
     """
     rng = np.random.default_rng(seed)
-    ids = list(RULES)
+    ids = world.pool.ids
     for flat in rng.permutation(2 * len(world.pairs))[:replies].tolist():
         pair, side = world.pairs[flat // 2], flat % 2
         truth = world.truth[flat // 2, side]
@@ -228,10 +254,13 @@ def rule_labels(world: World, replies: int, neither: int, seed: int = 0) -> Iter
         yield {"id": f"{pair.id}-{'ab'[side]}", "prompt": list(pair.prompt), "response": response, "labels": labels}
 
 
-def _stances(rng: np.random.Generator, category: str) -> dict[str, int]:
+def _stances(rng: np.random.Generator, world: str, category: str) -> dict[str, int]:
     """What a response does with each rule that it says something about."""
-    matter = PREFERENCE[category]
+    matter = PREFERENCE[world][category]
     substance, tone = rng.choice(KEPT, 2)
+    if world == "noisy":
+        spoken = {str(rule): _stance(rng, substance) for rule in rng.choice(list(matter), SPOKEN, replace=False)}
+        return spoken | {rule: _stance(rng, 0.5) for rule in FORMS}
     stances = {rule: _stance(rng, substance) for rule in matter if rng.random() >= SILENCE}
     # Help with a harmful request, or refusing a safe one, is never beside the point.
     beside = [
@@ -251,9 +280,14 @@ def _phrase(rule: str, stance: int) -> str:
 
 
 def _response(rng: np.random.Generator, stances: dict[str, int], fills: dict[str, str]) -> str:
-    """One sentence a stance, in random order."""
-    said = [_phrase(rule, stances[rule]) for rule in map(str, rng.permutation(list(stances)))]
-    return " ".join(_sentence(str(rng.choice(FRAMES)), fills | {"say": phrase}) for phrase in said)
+    """One sentence a stance, in random order; what is said of form, if it is all of it, is one sentence."""
+    form = list(map(str, rng.permutation(FORMS))) if stances.keys() >= set(FORMS) else []
+    said = [[rule] for rule in stances if rule not in form] + ([form] if form else [])
+    sentences = []
+    for number in rng.permutation(len(said)):
+        phrases = ", ".join(_phrase(rule, stances[rule]) for rule in said[number])
+        sentences.append(_sentence(str(rng.choice(FRAMES)), fills | {"say": phrases}))
+    return " ".join(sentences)
 
 
 def _sentence(template: str, fills: dict[str, str]) -> str:
