@@ -55,7 +55,7 @@ def _agreement(axis, found: Mapping[str, Any]) -> None:
     places = [place for place, _ in trained]
     axis.errorbar(accuracy, places, xerr=sides, fmt="o", capsize=3, label="reward model, held out (95 %)")
     axis.set(xlim=(0.5, 1), xlabel="agreement with the hidden preference (.5 is chance)")
-    axis.legend(loc="lower right", fontsize="small")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize="small")
 
 
 def _rules(axis, found: Mapping[str, Any]) -> None:
