@@ -7,12 +7,13 @@ Nothing is allocated and nothing is downloaded.
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -165,6 +166,7 @@ class Step:
 
     Attributes:
         arguments: shapes with shardings, and what is static; ``parts`` are those of them that lie in memory, by name.
+        row: what one row of a batch may hold, by name: as many tokens as fit, all of them 0.
         shape: rows and tokens a row, on all devices.
         flops: that the mathematics needs, on all devices; nothing counts twice that is computed twice.
     """
@@ -172,6 +174,7 @@ class Step:
     jitted: Any
     arguments: tuple
     parts: dict[str, Any]
+    row: Mapping[str, np.ndarray]
     mesh: Mesh
     shape: tuple[int, int]
     flops: int
@@ -237,7 +240,7 @@ def train_step(verb: str, options: TrainOptions, config: ModelConfig, mesh: Mesh
     parts = {"parameters": params, "optimizer": state.opt_state, "batch": batch}
     counts = multiplied_parameters(params), multiplied_parameters(state.frozen)
     flops = training_flops(config, counts[0], *_work(store, count), counts[1])
-    return Step(step, (state, batch), parts, mesh, (count, layout.row_length), flops)
+    return Step(step, (state, batch), parts, row, mesh, (count, layout.row_length), flops)
 
 
 def score_step(row_length: int, config: ModelConfig, mesh: Mesh, quantize: str | None = None) -> Step:
@@ -251,12 +254,12 @@ def score_step(row_length: int, config: ModelConfig, mesh: Mesh, quantize: str |
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     store = _rows("judge", row_length, 1)
     tree = store[0][0]
-    arrays = (tree.tokens, tree.positions, tree.subtree_end, tree.leaves)
-    batch = tuple(_spread(mesh, (rows, *x.shape), x.dtype) for x in arrays)
+    row = {name: getattr(tree, name) for name in ("tokens", "positions", "subtree_end", "leaves")}
+    batch = tuple(_spread(mesh, (rows, *x.shape), x.dtype) for x in row.values())
     flops = training_flops(config, count, *_work(store, rows)) // 3  # no backward pass
     arguments = (definition, ANSWERS, "bfloat16", params, *batch)
     parts = {"parameters": params, "batch": batch}
-    return Step(answer_leaves, arguments, parts, mesh, (rows, row_length), flops)
+    return Step(answer_leaves, arguments, parts, row, mesh, (rows, row_length), flops)
 
 
 def _placed(definition: nnx.GraphDef, abstract: nnx.State, mesh: Mesh) -> nnx.State:

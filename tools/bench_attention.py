@@ -6,7 +6,7 @@
 Sides, one run, outputs compared: each lowering that takes the arrays on this device; the reference, whose mask is
 dense; and jax.nn.dot_product_attention (cuDNN on a GPU that has it) over the separate sequences that the trees stand
 for, one a rule, which is what attention costs without trees. FLOPs are those of the tree's visible (query, key) pairs,
-for all.
+for all; for the separate sequences also of their own, which compares the kernels at equal work.
 """
 
 import argparse
@@ -14,10 +14,12 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 SEPARATE = "separate sequences"
+TIMED_SECONDS = 0.1  # at least, of each measurement
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,10 +58,13 @@ def main() -> None:
     once[1:, : options.prompt] = 0  # of the beginning, which stands in each, one copy counts
 
     def separate(q, k, v):
-        shape = options.rows * options.branches, index.shape[1]
-        q, k, v = (x[:, index].reshape(*shape, *x.shape[2:]) for x in (q, k, v))
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if cudnn else None)
-        return out.reshape(options.rows, *index.shape, *out.shape[2:]) * once[..., None, None].astype(out.dtype)
+        return out * np.tile(once, (options.rows, 1))[..., None, None].astype(out.dtype)
+
+    def to_tree(x):
+        """What each separate sequence has of a token, summed."""
+        x = x.astype(jnp.float32).reshape(options.rows, -1, *x.shape[2:])
+        return jnp.zeros((options.rows, len(tree), *x.shape[2:])).at[:, index.ravel()].add(x)
 
     def lowering(name):
         attend = import_module(f"adaptrm.attention.{name}").tree_attention
@@ -77,19 +82,26 @@ def main() -> None:
             return jax.jit(attend)
         return jax.jit(jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
 
-    jitted = {name: program(side) for name, side in sides.items()}
-    found = {name: jax.block_until_ready(run(*qkv)) for name, run in jitted.items()}
+    arrays = dict.fromkeys(sides, qkv)
+    if SEPARATE in sides:
+        arrays[SEPARATE] = [x[:, index].reshape(-1, index.shape[1], *x.shape[2:]) for x in qkv]
+    jitted = {name: partial(program(side), *arrays[name]) for name, side in sides.items()}
+    found = {name: jax.block_until_ready(run()) for name, run in jitted.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    calls = {}
+    for name, run in jitted.items():  # so many in a row that starting them and waiting for them do not count
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        calls[name] = max(1, round(TIMED_SECONDS / (time.perf_counter() - start)))
     for _ in range(options.repeats):
         for name, run in jitted.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(*qkv))
-            seconds[name].append(time.perf_counter() - start)
+            jax.block_until_ready([run() for _ in range(calls[name])][-1])
+            seconds[name].append((time.perf_counter() - start) / calls[name])
     took = {name: statistics.median(each) for name, each in seconds.items()}
 
-    if SEPARATE in found and not options.gradient:  # back to where the tree has them
-        rows = np.broadcast_to(np.arange(options.rows)[:, None, None], found[SEPARATE].shape[:3])
-        found[SEPARATE] = jnp.zeros_like(qkv[0]).at[rows, index[None]].add(found[SEPARATE])
+    if SEPARATE in found:
+        found[SEPARATE] = jax.tree.map(to_tree, found[SEPARATE])
     first = next(iter(found))
     wide = {name: [np.asarray(x, np.float64) for x in jax.tree.leaves(each)] for name, each in found.items()}
     largest = max(np.abs(x).max() for x in wide[first])
@@ -100,11 +112,15 @@ def main() -> None:
     times = 3.5 if options.gradient else 1  # a gradient repeats the first of two products and has four of its own
     pairs = options.rows * int((packed.subtree_end[0] - np.arange(len(tree))).sum())
     flops = times * 4 * options.heads * options.dim * pairs
+    own = options.rows * options.branches * index.shape[1] * (index.shape[1] + 1) // 2
     device = jax.devices()[0]
     result = {
         "milliseconds": {name: round(1000 * each, 3) for name, each in took.items()},
         "times_the_fastest": {name: round(each / min(took.values()), 2) for name, each in took.items()},
         "gflops_per_second_of_visible_pairs": {name: round(flops / each / 1e9, 1) for name, each in took.items()},
+        "gflops_per_second_of_separate_sequences_own_pairs": (
+            round(flops / pairs * own / took[SEPARATE] / 1e9, 1) if SEPARATE in took else None
+        ),
         f"relative_difference_from_{first}": differences,
         "visible_pairs": pairs,
         "share_of_pairs_that_is_visible": round(pairs / (options.rows * len(tree) ** 2), 4),
