@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,6 +16,7 @@ from adaptrm.models import CausalLM, SequenceClassifier
 from adaptrm.models.heads import label_logits
 from adaptrm.parallel import make_mesh, read_leaves
 from adaptrm.parallel.distributed import wait_for_all
+from adaptrm.products import product
 from adaptrm.train.save import save_model
 from adaptrm.train.start import open_run
 
@@ -86,7 +86,7 @@ def probe(definition, params, chat: ChatTokenizer, pad_id: int | None, mesh) -> 
         hidden = model.model.at_leaves(tokens, positions, subtree_end, leaves)
         if isinstance(model, SequenceClassifier):
             return label_logits(hidden, model.score.weight[...])
-        return jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", hidden, model.unembedding), axis=-1)
+        return jax.nn.log_softmax(product("bmd,vd->bmv", hidden, model.unembedding), axis=-1)
 
     trees = [conversation_tree(chat, [conversation], pad_id) for conversation in PROBES]
     by_tree = read_leaves(trees, mesh, partial(program, params))

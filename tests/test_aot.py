@@ -132,6 +132,20 @@ def test_adapters_are_trained_over_a_model_in_the_dtype_of_the_computation(folde
         step.jitted.lower(*step.arguments)
 
 
+@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("verb", ["reward", "judge"])
+def test_products_of_float32_are_float32_on_every_platform(folder, verb, lora):
+    """A TPU or a GPU would round the operands, and nothing here would show it."""
+    given = options(verb, folder, **{"model.lora.rank": lora} if lora else {})
+    assert given.model.dtype == "float32"
+    step = train_step(verb, given, tiny_config(), make_mesh(devices=jax.devices()[:1]))
+    with jax.set_mesh(step.mesh), jax.default_matmul_precision("default"):
+        text = step.jitted.trace(*step.arguments).lower().as_text()
+    products = re.findall(r"stablehlo\.dot_general .*", text)
+    assert len(products) > 20 and all("tensor<" in line and "f32>" in line for line in products)
+    assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
+
+
 def test_a_judge_scores_split_and_in_int8(folder):
     whole, narrow = (score_step(128, tiny_config(), make_mesh(tensor=2), quantize) for quantize in (None, "int8"))
     assert narrow.shape == whole.shape == (4, 128) and narrow.flops == whole.flops  # a row for two devices

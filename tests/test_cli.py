@@ -212,7 +212,7 @@ def test_dotted_options():
 
 # DESIGN.md section 2: imports go one way. What stands in one line does not import each other.
 LAYERS = [
-    ["errors", "prefix_tree"],
+    ["errors", "prefix_tree", "products"],
     ["paths", "yaml_text", "progress", "watchdog", "preemption"],  # raise and show what errors defines
     ["config", "lock", "results"],  # read and show through them
     ["attention", "parallel"],

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from adaptrm.attention.xla import MASKED
+from adaptrm.products import product
 
 QUERIES_AT_ONCE = 64  # logits exist for this many queries of a row at a time
 
@@ -28,11 +29,11 @@ def leaf_attention(
 
     def some(args):
         q_BMKGH, leaves_BM = args
-        logits = jnp.einsum("bmkgh,btkh->bkgmt", q_BMKGH, k, preferred_element_type=jnp.float32) * dim**-0.5
+        logits = product("bmkgh,btkh->bkgmt", q_BMKGH, k, jnp.float32) * dim**-0.5
         leaf = leaves_BM[:, :, None]
         sees = (key_T <= leaf) & (leaf < subtree_end[:, None])
         weights = jax.nn.softmax(jnp.where(sees[:, None, None], logits, MASKED), axis=-1)
-        return jnp.einsum("bkgmt,btkh->bmkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return product("bkgmt,btkh->bmkgh", weights.astype(v.dtype), v, jnp.float32)
 
     def chunks(x_BM):
         x_BM = jnp.pad(x_BM, ((0, 0), (0, -count % at_once), *[(0, 0)] * (x_BM.ndim - 2)))

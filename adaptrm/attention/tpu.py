@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int32
 
 from adaptrm.attention.dispatch import platform
 from adaptrm.attention.xla import ATTENTION, MASKED, end_blocks, pad_tokens
+from adaptrm.products import precision_of
 
 BLOCK = 128  # tokens in a block: the lanes of a register, and as small as branches ask for
 # Bytes of the queries in one step of the grid, all its heads together: enough work to hide what a step costs, little
@@ -145,9 +146,8 @@ def _for_each_head(heads: int, begin, use) -> None:
 
 def _product(x, y, contract: tuple[int, int]) -> Array:
     """Of two matrices, summed in float32 over the given axis of each."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     axes = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, axes, precision=precision_of(x, y), preferred_element_type=jnp.float32)
 
 
 def _logits(q_XH, k_SH, bias_SX) -> Float[Array, "size queries"]:

@@ -18,6 +18,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int32
 
+from adaptrm.products import product
+
 ATTENTION = "attention"  # names what the backward pass would need a second forward pass for
 MASKED = -1e30  # finite, so that a query without a visible key in a block gives 0 and not nan
 # Tokens in a block, and how items are computed. A CPU computes small products as fast as large ones, so its blocks hold
@@ -114,7 +116,7 @@ def _whole_and_part(end_NS: Int32[Array, "blocks size"], group: int, tokens: int
 
 def _products(q_XH, k_SH):
     """Scaled logits [X, S] of queries against keys, in float32."""
-    return jnp.einsum("xh,sh->xs", q_XH, k_SH, preferred_element_type=jnp.float32) * k_SH.shape[-1] ** -0.5
+    return product("xh,sh->xs", q_XH, k_SH, jnp.float32) * k_SH.shape[-1] ** -0.5
 
 
 def _logits(q_XH, k_SH, end_S, query_block, key_block):
@@ -143,7 +145,7 @@ def _attended(q_BTMH, k_BTKH, v_BTKH, end_BT, block, every):
             # Of a query that has seen no key yet all weights are 1; its own key comes last, and shrinks them to 0.
             weights = jnp.exp(logits - new_top[:, None])
             shrink = jnp.exp(top - new_top)
-            attended = jnp.einsum("xs,sh->xh", weights.astype(v_SH.dtype), v_SH, preferred_element_type=jnp.float32)
+            attended = product("xs,sh->xh", weights.astype(v_SH.dtype), v_SH, jnp.float32)
             return new_top, total * shrink + weights.sum(axis=-1), out * shrink[:, None] + attended
 
         def query_group(args):
@@ -202,13 +204,12 @@ def _gradients(q_BTMH, k_BTKH, v_BTKH, end_BT, out_BTMH, log_total_BTM1, grad_BT
                 c = order[b, j]
                 logits = _logits(q_XH, k_NSH[c], end_NS[c], b, c)
                 weights = jnp.exp(logits - log_total_X1)
-                product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-                dweights = product("xh,sh->xs", grad_XH, v_NSH[c])
+                dweights = product("xh,sh->xs", grad_XH, v_NSH[c], jnp.float32)
                 dlogits = (weights * (dweights - delta_X1) * scale).astype(q_XH.dtype)
                 weights = weights.astype(q_XH.dtype)
-                dq = dq + product("xs,sh->xh", dlogits, k_NSH[c])
-                dk = dk.at[c].add(product("xs,xh->sh", dlogits, q_XH))
-                dv = dv.at[c].add(product("xs,xh->sh", weights, grad_XH))
+                dq = dq + product("xs,sh->xh", dlogits, k_NSH[c], jnp.float32)
+                dk = dk.at[c].add(product("xs,xh->sh", dlogits, q_XH, jnp.float32))
+                dv = dv.at[c].add(product("xs,xh->sh", weights, grad_XH, jnp.float32))
                 return dq, dk, dv
 
             dq, dk, dv = lax.fori_loop(0, counts[b], key_block, (jnp.zeros(q_XH.shape, jnp.float32), *carry))

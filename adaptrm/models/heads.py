@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from adaptrm.products import product
+
 POSITIONS_AT_ONCE = 256  # vocabulary logits exist for this many positions at a time
 
 
@@ -28,11 +30,9 @@ def answer_log_probabilities(
 
     @jax.checkpoint
     def chunk(hidden):
-        product = lambda rows: jnp.einsum(  # noqa: E731
-            "bmd,vd->bmv", hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
-        pooled = [jax.nn.logsumexp(of_one, axis=-1) for of_one in jnp.split(product(spellings), edges, axis=-1)]
-        return jnp.stack(pooled, -1) - jax.nn.logsumexp(product(unembedding), axis=-1, keepdims=True)
+        logits = lambda rows: product("bmd,vd->bmv", hidden, rows.astype(hidden.dtype), jnp.float32)  # noqa: E731
+        pooled = [jax.nn.logsumexp(of_one, axis=-1) for of_one in jnp.split(logits(spellings), edges, axis=-1)]
+        return jnp.stack(pooled, -1) - jax.nn.logsumexp(logits(unembedding), axis=-1, keepdims=True)
 
     out = jax.lax.map(chunk, chunks.swapaxes(0, 1))
     return out.swapaxes(0, 1).reshape(rows, -1, len(answers))[:, :leaves]
@@ -42,4 +42,4 @@ def label_logits(
     hidden: Float[Array, "rows leaves hidden"], weight: Float[Array, "labels hidden"]
 ) -> Float[Array, "rows leaves labels"]:
     """The linear head in float32: one label is the reward."""
-    return jnp.einsum("bmd,ld->bml", hidden.astype(jnp.float32), weight.astype(jnp.float32))
+    return product("bmd,ld->bml", hidden.astype(jnp.float32), weight.astype(jnp.float32))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32
 from adaptrm.attention import leaf_attention, tree_attention
 from adaptrm.models.config import ModelConfig
 from adaptrm.parallel.sharding import constrain, partition_spec
+from adaptrm.products import precision_of, product
 
 MIMETIC = 0.9  # share of the value projection in the output projection at the start
 
@@ -31,21 +32,21 @@ def projected(equation: str, x: Array, weight: Array) -> Array:
     Of a product over tokens XLA transposes the left operand, and on a CPU whatever it is computed from is then computed
     in transposed order, which takes longer than the product itself. So the smaller operand stands on the left.
     """
-    return jnp.einsum(equation, x, weight)
+    return product(equation, x, weight)
 
 
 def _projected_forward(equation, x, weight):
-    return jnp.einsum(equation, x, weight), (x, weight)  # not ``projected``: remat policies look for products here
+    return product(equation, x, weight), (x, weight)  # not ``projected``: remat policies look for products here
 
 
 def _projected_backward(equation, saved, grad):
     x, weight = saved
     given, own, outputs = re.split(",|->", equation)
-    grad_x = jnp.einsum(f"{outputs},{own}->{given}", grad, weight)
+    grad_x = product(f"{outputs},{own}->{given}", grad, weight)
     left, right = sorted([(x, given), (grad, outputs)], key=lambda side: side[0].size)
     over = [name for name in given if name in outputs]
     dimensions = [[names.index(name) for name in over] for _, names in (left, right)]
-    grad_weight = jax.lax.dot_general(left[0], right[0], (dimensions, ((), ())))
+    grad_weight = jax.lax.dot_general(left[0], right[0], (dimensions, ((), ())), precision=precision_of(x, grad))
     found = [name for name in left[1] + right[1] if name not in over]
     return grad_x, grad_weight.transpose([found.index(name) for name in own])
 
@@ -97,8 +98,8 @@ class Weight(nnx.Module):
             return out
         given, weight, outputs = re.split(",|->", equation)
         own, inputs = weight[: -self.inputs], weight[-self.inputs :]
-        low = jnp.einsum(f"{given},r{inputs}->btr", x, self.lora_a[...].astype(x.dtype))
-        return out + self.lora_scale * jnp.einsum(f"btr,{own}r->{outputs}", low, self.lora_b[...].astype(x.dtype))
+        low = product(f"{given},r{inputs}->btr", x, self.lora_a[...].astype(x.dtype))
+        return out + self.lora_scale * product(f"btr,{own}r->{outputs}", low, self.lora_b[...].astype(x.dtype))
 
 
 class RMSNorm(Weight):

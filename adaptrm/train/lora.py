@@ -12,6 +12,7 @@ from adaptrm.config import LoraOptions, ModelOptions
 from adaptrm.hf.load import abstract_model
 from adaptrm.models.config import ModelConfig
 from adaptrm.models.layers import ADAPTERS, add_adapters
+from adaptrm.products import product
 from adaptrm.train.state import param_shardings, trained_and_frozen
 
 
@@ -79,4 +80,4 @@ def merged(definition: nnx.GraphDef, params: nnx.State) -> tuple[nnx.GraphDef, n
 
 def _merge(inputs: int, scale: float, weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     out, given = "uvw"[: weight.ndim - 1 - inputs], "xyz"[:inputs]
-    return weight.astype(jnp.float32) + scale * jnp.einsum(f"l{out}r,lr{given}->l{out}{given}", b, a)
+    return weight.astype(jnp.float32) + scale * product(f"l{out}r,lr{given}->l{out}{given}", b, a)
