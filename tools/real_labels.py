@@ -128,13 +128,15 @@ def clustered(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
 
 def agreements(scores, preferred: np.ndarray) -> dict[str, np.ndarray | str]:
     """Of each strategy how far it agrees with people on each pair, a tie counting half; or why it says nothing."""
-    from adaptrm import select
+    from adaptrm import fit_evidence, select
 
     found: dict[str, np.ndarray | str] = {}
     for name, how in STRATEGIES.items():
         seeds = range(DRAWS) if how["strategy"] == "random" else (0,)
         try:
-            signs = [select(scores.a, scores.b, scores.relevance, **how, seed=seed).preferred for seed in seeds]
+            weights = fit_evidence(scores) if how["strategy"] == "evidence" else None
+            given = scores.a, scores.b, scores.relevance
+            signs = [select(*given, **how, weights=weights, seed=seed).preferred for seed in seeds]
         except ValueError as wrong:  # evidence that these scores cannot support
             found[name] = str(wrong)
         else:
