@@ -9,7 +9,7 @@ from adaptrm.data.preferences import load_pairs
 from adaptrm.demo.figures import TRAINED
 from adaptrm.reward_model import RewardModel
 
-STRATEGIES = {"fixed", "random", "relevance", "max-discrepancy", "evidence", "all", "all-weighted"}
+STRATEGIES = {"fixed", "random", "relevance", "max-discrepancy", "evidence", "all", "all-weighted", "adapter"}
 
 
 def figures_of(out, *options, long=False) -> dict:
@@ -51,3 +51,6 @@ def test_its_figures_hold(tmp_path):
     for measure in ("label_agreement", "accuracy"):
         assert noisy["evidence"][measure] > noisy["max-discrepancy"][measure] + 0.1
     assert sparse["max-discrepancy"]["label_agreement"] > sparse["all"]["label_agreement"]
+    asked = sparse["adapter"]
+    assert asked["token_ratio"] <= 0.25
+    assert asked["label_agreement"] >= asked["label_agreement_of_all_scores"] - 0.02

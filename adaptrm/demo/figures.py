@@ -9,6 +9,8 @@ FULL_SEEDS = 5
 # Student's t, 4 degrees of freedom: 95 % of its mass lies within it.
 T95 = 2.776
 TRAINED = ("max-discrepancy", "evidence", "all")
+# Of the adapter: labels of max-discrepancy over all scores on the same pairs, and tokens beside those of all rules.
+OF_ADAPTER = ("label_agreement_of_all_scores", "adapter_tokens", "token_ratio", "token_ratio_with_adapter")
 DIFFERENCES = (("evidence", "max-discrepancy"), ("max-discrepancy", "all"), ("evidence", "all"))
 
 
@@ -43,7 +45,8 @@ def _world(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _strategy(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    one = {name: _mean([seed[name] for seed in seeds]) for name in ("label_agreement", "ties", "judge_tokens")}
+    names = [name for name in ("label_agreement", "ties", "judge_tokens", *OF_ADAPTER) if name in seeds[0]]
+    one = {name: _mean([seed[name] for seed in seeds]) for name in names}
     if len(seeds) > 1:
         one["label_agreement_ci95"] = _over_seeds([seed["label_agreement"] for seed in seeds])
     if "accuracy" not in seeds[0]:
@@ -106,5 +109,11 @@ def caption_of(figures: Mapping[str, Any]) -> str:
         for what, gap in world["accuracy_differences"].items():
             low, high = gap["ci95"]
             lines.append(f"  {what}: {gap['mean']:+.3f} ({low:+.3f} to {high:+.3f})")
+        asked = world["strategies"]["adapter"]
+        lines.append(
+            f"  adapter, on pairs it has not learnt from: labels {asked['label_agreement']:.3f}, of max-discrepancy "
+            f"over all scores {asked['label_agreement_of_all_scores']:.3f}, for {asked['token_ratio']:.2f} of the "
+            f"judge's tokens ({asked['token_ratio_with_adapter']:.2f} with the adapter's own)"
+        )
     over = "held-out pairs" if figures["seeds"] == 1 else f"{figures['seeds']} seeds"
     return "\n".join([*lines, f"Intervals are over {over}."])

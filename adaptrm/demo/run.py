@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from adaptrm import paths
 from adaptrm.config import TrainOptions, load_options
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.labels import read_labels
-from adaptrm.data.preferences import Pair, read_pairs
+from adaptrm.data.preferences import read_pairs
 from adaptrm.data.scores import read_parts
+from adaptrm.demo.adapter import ask_few
 from adaptrm.demo.figures import FULL_SEEDS, TRAINED, summary, table_of
 from adaptrm.demo.pictures import draw
+from adaptrm.demo.rows import write_pairs, write_rows
 from adaptrm.demo.tokenizer import make_tokenizer
 from adaptrm.demo.world import WORLDS, World, demo_pool, make_pairs, rule_labels
 from adaptrm.errors import InputError
@@ -91,7 +93,8 @@ def _one_seed(folder: Path, count: int, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in WORLDS:
         world, held_out = make_pairs(name, count, first), make_pairs(name, held, first + 1)
-        found[name] = _one_world(folder / name, folder, world, held_out, load_options("demo", "reward", scratch))
+        adapter, reward = (load_options("demo", verb, scratch) for verb in ("adapter", "reward"))
+        found[name] = _one_world(folder / name, folder, world, held_out, adapter, reward)
     return found
 
 
@@ -100,17 +103,19 @@ def _write_learnt(tokenizer: Path, pool: Path, labels: Path, replies: int, seed:
     worlds = [make_pairs(world, -(-replies // 2), seed) for world in WORLDS]
     make_tokenizer((text for world in worlds for text in world.texts()), tokenizer)
     paths.write_bytes(pool, demo_pool().to_yaml().encode())
-    _write_lines(labels, (row for world in worlds for row in rule_labels(world, replies, NEITHER, seed)))
+    write_rows(labels, (row for world in worlds for row in rule_labels(world, replies, NEITHER, seed)))
     return {"replies": len(worlds) * replies}
 
 
-def _one_world(folder: Path, of_seed: Path, world: World, held_out: World, options: TrainOptions) -> dict[str, Any]:
+def _one_world(
+    folder: Path, of_seed: Path, world: World, held_out: World, adapter: TrainOptions, reward: TrainOptions
+) -> dict[str, Any]:
     """Score, label by every strategy, train reward models and measure them."""
     what = f"{of_seed.name}, {folder.name} world"
     pairs, held, pool = folder / "pairs.jsonl", folder / "held-out.jsonl", folder / "rules.yaml"
     paths.write_bytes(pool, world.pool.to_yaml().encode())
-    _write_lines(pairs, map(_row, world.pairs))
-    _write_lines(held, map(_row, held_out.pairs))
+    write_pairs(pairs, world.pairs)
+    write_pairs(held, held_out.pairs)
 
     say(f"{what}: score every response against every rule.")
     scores = folder / "scores"
@@ -127,13 +132,19 @@ def _one_world(folder: Path, of_seed: Path, world: World, held_out: World, optio
         strategies[name] = {"label_agreement": labelled["agreement"], "ties": labelled["ties"]}
         strategies[name] |= {"judge_tokens": tokens["some" if name in ("fixed", "random") else "all"]}
 
+    say(f"{what}: learn which rules to ask from half of the labels, and ask about few of the other half.")
+    strategies["adapter"] = _once(
+        folder / "adapter.json",
+        lambda: ask_few(folder, of_seed / "judge", world.pairs, folder / "labels-max-discrepancy.jsonl", adapter),
+    )
+
     for name in TRAINED:
         say(f"{what}: train a reward model on the labels of {name}, measure it on held-out pairs.")
         run = folder / f"reward-{name}"
-        data = replace(options.data, pairs=str(pairs), labels=str(folder / f"labels-{name}.jsonl"))
+        data = replace(reward.data, pairs=str(pairs), labels=str(folder / f"labels-{name}.jsonl"))
         strategies[name] |= _once(
             folder / f"reward-{name}.json",
-            lambda run=run, data=data: _reward_model(run, replace(options, data=data), held),
+            lambda run=run, data=data: _reward_model(run, replace(reward, data=data), held),
         )
     return {
         "judge_accuracy": found["accuracy"],
@@ -206,13 +217,3 @@ def _shares(labels: Path, world: World) -> dict[str, float]:
         for rule in one.rules:
             counts[rule] += 1
     return {rule: count / max(total, 1) for rule, count in counts.items()}
-
-
-def _row(pair: Pair) -> dict[str, Any]:
-    return vars(pair) | {"prompt": [dict(message) for message in pair.prompt]}
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with paths.writing(path) as stream:
-        for row in rows:
-            stream.write((json.dumps(row) + "\n").encode())
