@@ -132,6 +132,13 @@ def test_adapters_are_trained_over_a_model_in_the_dtype_of_the_computation(folde
         step.jitted.lower(*step.arguments)
 
 
+def products_of(step) -> list[str]:
+    """The matrix products of a lowered step, where nobody has asked for a precision."""
+    with jax.set_mesh(step.mesh), jax.default_matmul_precision("default"):
+        text = step.jitted.trace(*step.arguments).lower().as_text()
+    return re.findall(r"stablehlo\.dot_general .*", text)
+
+
 @pytest.mark.parametrize("lora", [None, 4])
 @pytest.mark.parametrize("verb", ["reward", "judge"])
 def test_products_of_float32_are_float32_on_every_platform(folder, verb, lora):
@@ -139,11 +146,18 @@ def test_products_of_float32_are_float32_on_every_platform(folder, verb, lora):
     given = options(verb, folder, **{"model.lora.rank": lora} if lora else {})
     assert given.model.dtype == "float32"
     step = train_step(verb, given, tiny_config(), make_mesh(devices=jax.devices()[:1]))
-    with jax.set_mesh(step.mesh), jax.default_matmul_precision("default"):
-        text = step.jitted.trace(*step.arguments).lower().as_text()
-    products = re.findall(r"stablehlo\.dot_general .*", text)
-    assert len(products) > 20 and all("tensor<" in line and "f32>" in line for line in products)
+    assert len(products := products_of(step)) > 20 and all("f32>" in line for line in products)
     assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
+
+
+def test_so_are_those_that_score_in_float32_and_only_those():
+    step = score_step(128, tiny_config(), make_mesh(devices=jax.devices()[:1]))
+    definition, answers, _, params, *batch = step.arguments
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), params)
+    exact = replace(step, arguments=(definition, answers, "float32", wide, *batch))
+    for of, wanted in ((exact, "HIGHEST"), (step, "DEFAULT")):
+        assert len(products := products_of(of)) > 8  # the last layer's attention is one of its own
+        assert [line for line in products if f"precision = [{wanted}, {wanted}]" not in line] == []
 
 
 def test_a_judge_scores_split_and_in_int8(folder):

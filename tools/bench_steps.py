@@ -35,11 +35,11 @@ def main() -> None:
     rng = np.random.default_rng(0)
 
     def random(shape: jax.ShapeDtypeStruct) -> jax.Array:
-        """Of a parameter or a moment small numbers of either sign, of a count zeros."""
-        if not jnp.issubdtype(shape.dtype, jnp.floating):
-            return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
         draw = lambda key: 0.02 * jax.random.normal(key, shape.shape, shape.dtype)  # noqa: E731
         return jax.jit(draw, out_shardings=shape.sharding)(jax.random.key(rng.integers(2**31)))
+
+    def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
 
     for verb in sections_of(options.config):
         for name, step in steps_of(verb, verb, load_options(options.config, verb, overrides), devices):
@@ -47,8 +47,9 @@ def main() -> None:
                 continue
             rows, length = step.shape
             state, shapes = step.arguments
-            state = jax.tree.map(random, state)
-            state = state._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
+            parameters = {part: jax.tree.map(random, getattr(state, part)) for part in ("params", "frozen")}
+            rest = {part: jax.tree.map(zeros, getattr(state, part)) for part in ("step", "opt_state", "skipped")}
+            state = state._replace(**parameters, **rest)
             batch = {
                 key: jax.device_put(np.repeat(value[None], rows, 0), shapes[key].sharding)
                 for key, value in step.row.items()
