@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from adaptrm.data.chat_trees import conversation_tree, pair_length, pair_tree
-from adaptrm.data.preferences import Pair
+from adaptrm.data.preferences import Pair, ResponseSet
 from adaptrm.train.classifier import Classifier
 
 
@@ -20,10 +20,14 @@ class RewardModel(Classifier):
         trees = (conversation_tree(self.chat, [one], self.pad[1]) for one in conversations)
         return np.array([rewards[0, 0] for rewards in self.logits(trees)], np.float32)
 
+    def score_sets(self, sets: Sequence[ResponseSet | Pair]) -> list[Float32[np.ndarray, " responses"]]:
+        """The rewards of the responses of each set, in their order; a prompt is computed once."""
+        trees = (pair_tree(self.chat, one, self.pad[1]) for one in sets)
+        return [rewards[:, 0].astype(np.float32) for rewards in self.logits(trees)]
+
     def score_pairs(self, pairs: Sequence[Pair]) -> Float32[np.ndarray, "pairs 2"]:
-        """The rewards of responses A and B of each pair; a prompt is computed once."""
-        trees = (pair_tree(self.chat, pair, self.pad[1]) for pair in pairs)
-        return np.array([rewards[:, 0] for rewards in self.logits(trees)], np.float32).reshape(-1, 2)
+        """The rewards of responses A and B of each pair."""
+        return np.array(self.score_sets(pairs), np.float32).reshape(-1, 2)
 
     def pair_length(self, pair: Pair) -> int:
         """Tokens of the longer of a pair's two conversations."""
