@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
-from tiny import tiny_causal_lm, tiny_pairs, tiny_reward_model
+from tiny import VOCAB, tiny_causal_lm, tiny_pairs, tiny_reward_model
 
 from adaptrm.data.preferences import continued
 from adaptrm.prefix_tree import PrefixTree
@@ -201,3 +201,70 @@ def test_in_trl_function_and_exported_folder_give_the_same_rewards(folder, model
         # One by one, as the trainer calls the model itself.
         one_by_one = trainer._calculate_rewards([{} for _ in prompts], prompts, completions, None)
         np.testing.assert_allclose(one_by_one[:, 0], one_by_one[:, 1], atol=1e-4)
+
+
+def test_in_tunix_the_prompts_come_from_a_column(folder, model):
+    """Two real steps of GRPO; the policy reads rendered text, the reward model the messages beside it."""
+    pytest.importorskip("tunix")
+    import jax
+    import optax
+    from flax import nnx
+    from transformers import AutoTokenizer
+    from tunix.models.llama3.model import Llama3, ModelConfig
+    from tunix.rl import rl_cluster
+    from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+    from tunix.rl.rollout.base_rollout import RolloutConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    config = ModelConfig(
+        num_layers=1,
+        vocab_size=VOCAB,
+        embed_dim=16,
+        hidden_dim=32,
+        num_heads=2,
+        head_dim=8,
+        num_kv_heads=2,
+        rope_theta=10_000,
+        norm_eps=1e-5,
+    )
+    with mesh:
+        actor = Llama3(config, rngs=nnx.Rngs(0))
+    roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
+    cluster = rl_cluster.RLCluster(
+        actor=actor,
+        reference=actor,
+        tokenizer=tokenizer,
+        cluster_config=rl_cluster.ClusterConfig(
+            role_to_mesh=dict.fromkeys(roles, mesh),
+            training_config=rl_cluster.RLTrainingConfig(
+                actor_optimizer=optax.sgd(1e-2), max_steps=2, eval_every_n_steps=100, mini_batch_size=2
+            ),
+            rollout_config=RolloutConfig(max_tokens_to_generate=8, max_prompt_length=256, kv_cache_size=512),
+        ),
+    )
+    reward, seen = model.reward_function(column="messages", name="ours"), []
+
+    def recorded(prompts, completions, **columns):
+        rewards = reward(prompts=prompts, completions=completions, **columns)
+        seen.append((prompts, completions, columns["messages"], rewards))
+        return rewards
+
+    recorded.__name__ = reward.__name__
+    learner = GRPOLearner(
+        rl_cluster=cluster, algo_config=GRPOConfig(num_generations=4, beta=0.04), reward_fns=[recorded]
+    )
+    rendered = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in PROMPTS]
+    batches = []
+    for start in (0, 2):
+        messages = np.empty(2, object)
+        messages[:] = PROMPTS[start : start + 2]
+        batches.append({"prompts": np.array(rendered[start : start + 2]), "messages": messages})
+    learner.train(batches)
+    assert len(seen) == 2
+    for prompts, completions, messages, rewards in seen:
+        assert len(prompts) == len(completions) == len(messages) == 8
+        assert all(str(prompt).endswith("<|im_start|>assistant\n") for prompt in prompts)
+        alone = model.score([continued(p, reply) for p, reply in zip(messages, completions, strict=True)])
+        np.testing.assert_allclose(rewards, alone, atol=1e-5)
+        assert np.ptp(rewards) > 1e-2
