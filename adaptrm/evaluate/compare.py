@@ -143,11 +143,8 @@ def _in_step(files: Sequence[str]) -> Iterator[Row]:
         rows = [first, *(next(stream, None) for stream in streams[1:])]
         for file, row in zip(files, rows, strict=True):
             if row is None or _place(row) != _place(first):
-                what = "ends" if row is None else f"has {row.id!r}"
-                raise InputError(
-                    f"{file}: {what} at row {number}, where {files[0]} has {first.id!r}; evaluate all models on the "
-                    "same data"
-                )
+                what = f"ends before row {number}" if row is None else f"row {number} ({row.id!r}) is not row {number}"
+                raise InputError(f"{file}: {what} of {files[0]} ({first.id!r}); evaluate all models on the same data")
         yield replace(first, scores=np.concatenate([row.scores for row in rows]), tie=np.zeros(len(rows)))
     for file, stream in zip(files[1:], streams[1:], strict=True):
         if (more := next(stream, None)) is not None:

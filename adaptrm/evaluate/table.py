@@ -18,7 +18,8 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
         table.add_column(name, justify="right" if name else "left")
     suite, sections, subsets = SUITES[result["suite"]], result["sections"], result["subsets"]
     of_sections = OF_REWARDBENCH if result["suite"] == "rewardbench" else {}
-    for section in [*sections, *result.get("missing_sections", ())]:
+    known = [section for section in suite.overall if section in sections or section not in suite.optional]
+    for section in dict.fromkeys([*known, *sections]):
         n = sum(subsets[subset]["n"] for subset in of_sections.get(section, {}) if subset in subsets)
         figures = _per_cent(sections.get(section), result["sections_ci95"].get(section))
         table.add_row(section, str(n) if of_sections else "", *figures)
