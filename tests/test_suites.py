@@ -197,10 +197,10 @@ def test_any_matrix_equals_a_plain_count(tmp_path_factory, scores):
     assert result["sections"]["math"] == pytest.approx(np.mean(matrix))
 
 
-@pytest.mark.parametrize("suite", ["rewardbench-2", "rm-bench"])
-def test_the_hub_name_alone_means_the_benchmarks_split(tmp_path, suite):
-    name, split = {"rewardbench-2": ("allenai/reward-bench-2", "test"), "rm-bench": ("THU-KEG/RM-Bench", "train")}[
-        suite
-    ]
+@pytest.mark.parametrize(
+    ("suite", "name", "split"),
+    [("rewardbench-2", "allenai/reward-bench-2", "test"), ("rm-bench", "THU-KEG/RM-Bench", "train")],
+)
+def test_the_hub_name_alone_means_the_benchmarks_split(tmp_path, suite, name, split):
     with pytest.raises(InputError, match=f"{name}:{split}"):  # there is no network here
         evaluated(suite, name, tmp_path)
