@@ -224,8 +224,8 @@ LAYERS = [
     ["train"],
     ["evaluate"],
     ["reward_model", "rule_adapter", "label", "export"],
-    ["plan", "doctor", "report", "demo"],
-    ["rule_verbs", "measure_verbs"],
+    ["plan", "doctor", "report", "demo", "merge", "explain"],
+    ["rule_verbs", "measure_verbs", "model_verbs"],
     ["cli"],
 ]
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

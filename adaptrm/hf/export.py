@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +30,41 @@ def save_weights(state: nnx.State, out: str | os.PathLike, max_shard_bytes: int 
         InputError: a file cannot be written; in every process.
     """
     params = dict(nnx.to_flat_state(state))
-    table = sorted(
-        ((name, key, i) for key in key_table(state) for i, name in enumerate(key.names)), key=lambda row: row[0]
-    )
-    sizes = {name: int(np.prod(key.tensor_shape)) * params[key.path].dtype.itemsize for name, key, _ in table}
-    shards: list[list] = [[]]
+    rows = {name: (name, key, layer) for key in key_table(state) for layer, name in enumerate(key.names)}
+    sizes = {name: int(np.prod(key.tensor_shape)) * params[key.path].dtype.itemsize for name, key, _ in rows.values()}
+    shards = cut_into_shards(sizes, max_shard_bytes)
+    for file, names in shards.items():
+        _write_file(Path(out) / file, [rows[name] for name in names], params)
+    if jax.process_index() == 0:
+        write_index(out, shards, sizes)
+
+
+def cut_into_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
+    """The files of a model as Hugging Face names them, and the tensors in each, sorted by name.
+
+    Args:
+        sizes: bytes of each tensor; one that is larger than a shard has a file to itself.
+    """
+    shards: list[list[str]] = [[]]
     held = 0
-    for row in table:
-        if shards[-1] and held + sizes[row[0]] > max_shard_bytes:
+    for name in sorted(sizes):
+        if shards[-1] and held + sizes[name] > max_shard_bytes:
             shards.append([])
             held = 0
-        shards[-1].append(row)
-        held += sizes[row[0]]
-    weight_map = {}
-    for number, shard in enumerate(shards):
-        single = len(shards) == 1
-        name = "model.safetensors" if single else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(Path(out) / name, shard, params)
-        weight_map |= {tensor: name for tensor, _, _ in shard}
-    if jax.process_index() == 0 and len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_json(Path(out) / "model.safetensors.index.json", index)
+        shards[-1].append(name)
+        held += sizes[name]
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)}
+
+
+def write_index(out: str | os.PathLike, shards: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> None:
+    """Say which tensor is in which file; of one file nothing need be said."""
+    if len(shards) == 1:
+        return
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    write_json(Path(out) / "model.safetensors.index.json", index)
 
 
 def _write_file(file: Path, tensors: list[tuple[str, Key, int]], params: dict) -> None:
