@@ -224,7 +224,7 @@ LAYERS = [
     ["train"],
     ["evaluate"],
     ["reward_model", "rule_adapter", "label", "export"],
-    ["plan", "doctor", "report", "demo"],
+    ["plan", "doctor", "report", "demo", "explain"],
     ["rule_verbs"],
     ["cli"],
 ]
