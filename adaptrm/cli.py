@@ -13,6 +13,7 @@ import typer
 from adaptrm import __version__
 from adaptrm.errors import RESTART, InputError, Stopped
 from adaptrm.measure_verbs import measure_app
+from adaptrm.model_verbs import model_app
 from adaptrm.options import BAD_ROW, PAIRS, BadRow, Dtype, Json, OnBadRow, TruncateTo
 from adaptrm.preemption import stops_at_once
 from adaptrm.results import show
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(rules_app, name="rules", help="Look after rule pools.")
 app.add_typer(measure_app)
+app.add_typer(model_app)
 
 
 class Verb(StrEnum):
@@ -231,23 +233,6 @@ def plan(
     scoring = {"tensor": tensor, "quantize": quantize and quantize.value}
     found = run(config, target, dotted(ctx.args), "" if only is None else only.value, **scoring)
     show(found if as_json else for_people(found), as_json)
-
-
-@app.command()
-def export(
-    run: Annotated[str, typer.Argument(help="Run folder of train, or one checkpoint of it: RUN/checkpoints/STEP.")],
-    out: Annotated[str, typer.Argument(help="Hugging Face folder to write.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Read it back and compare what it computes.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Write a run's latest checkpoint as a Hugging Face folder."""
-    from adaptrm.parallel.distributed import start_processes
-
-    start_processes()
-    from adaptrm.export import export_run
-
-    verified = export_run(run, out, verify)
-    show({"export": out} | ({"verified_by": verified} if verify else {}), as_json)
 
 
 def dotted(args: list[str]) -> dict[str, str]:

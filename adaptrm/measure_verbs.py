@@ -102,3 +102,40 @@ def compare(
     if out is not None:
         paths.write_bytes(out, as_text(result))
     show(result if as_json else for_people(result), as_json)
+
+
+class Strategy(StrEnum):
+    """Those whose choice follows from the scores of one pair."""
+
+    max_discrepancy = "max-discrepancy"
+    evidence = "evidence"
+    all = "all"
+    relevance = "relevance"
+
+
+@measure_app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="Reward model: a folder, a hub name or a run of train.")],
+    pairs: Annotated[str, typer.Argument(help=f"Pairs: {PAIRS}.")],
+    pair_id: Annotated[str | None, typer.Option("--id", help="Of the pair. [the first]")] = None,
+    scores: Annotated[str | None, typer.Option(help="Score folder of the pairs; or")] = None,
+    judge: Annotated[str | None, typer.Option(help="a judge that is asked now about --rules; or")] = None,
+    labels: Annotated[str | None, typer.Option(help="a label file, whose rules decided.")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rule pool: a name or a YAML file.")] = None,
+    strategy: Annotated[Strategy, typer.Option(help="How rules are selected.")] = Strategy.max_discrepancy,
+    k: Annotated[int, typer.Option(min=1, help="Rules that decide.")] = 5,
+    discrepancy_weight: Annotated[float, typer.Option(help="Weight of |a - b| beside relevance.")] = 0.5,
+    weights: Annotated[str | None, typer.Option(help="Of strategy evidence: what label --save-weights wrote.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the models.")] = Dtype.float32,
+    as_json: Json = False,
+) -> None:
+    """Show why one pair got its label: the rules that decided, each response's score by rule, the rewards."""
+    from adaptrm.explain import ExplainJob, for_people
+    from adaptrm.explain import explain as run
+
+    job = ExplainJob(
+        *(model, pairs, pair_id, scores, judge, labels, rules, strategy.value, k, discrepancy_weight, weights),
+        dtype=dtype.value,
+    )
+    found = run(job)
+    show(found if as_json else for_people(found), as_json)
