@@ -65,6 +65,7 @@ def evaluate(
         return
     from itertools import chain
 
+    from adaptrm.data.preferences import read_pairs
     from adaptrm.data.rows import BadRows
     from adaptrm.data.truncation import Truncation, usable
     from adaptrm.evaluate import SUITES
@@ -74,7 +75,9 @@ def evaluate(
     from adaptrm.evaluate.trivial import TRIVIAL, fit_tfidf
     from adaptrm.reward_model import RewardModel
 
-    trivial = TRIVIAL | ({} if tfidf is None else {"TF-IDF": fit_tfidf(tfidf)})
+    trivial = TRIVIAL | (
+        {} if tfidf is None else {"TF-IDF": fit_tfidf(read_pairs(tfidf, BadRows(on_bad_row.value)), tfidf)}
+    )
     of_suite = SUITES[suite.value]
     reward_model = RewardModel.from_pretrained(model, dtype.value)
     bad, cut = BadRows(on_bad_row.value), Truncation(reward_model.pair_length, truncate_to)

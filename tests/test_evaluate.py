@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from adaptrm.data.preferences import Pair, ResponseSet, hash_id
+from adaptrm.data.preferences import Pair, ResponseSet, hash_id, load_pairs
 from adaptrm.errors import InputError
 from adaptrm.evaluate import SUITES, evaluate
 from adaptrm.evaluate import run as evaluate_run
@@ -185,13 +185,15 @@ def test_words_learn_what_training_pairs_say(tmp_path):
     rows = [
         {"id": str(i), "prompt": f"q{i}", "chosen": f"good answer {i}", "rejected": f"bad reply {i}"} for i in range(20)
     ]
-    scorer = fit_tfidf(rows)
+    scorer = fit_tfidf(load_pairs(rows), "rows")
     good, bad = scorer(ResponseSet("x", prompt("?"), ("a good answer", "a bad reply"), (1.0, 0.0)))
     assert good > 0 > bad
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-    assert fit_tfidf(swapped)(ResponseSet("x", prompt("?"), ("a good answer",), (1.0,))) == pytest.approx([-good])
-    with pytest.raises(InputError, match="no pair says which response is preferred"):
-        fit_tfidf([{"prompt": "?", "response_a": "x", "response_b": "y"}])
+    assert fit_tfidf(load_pairs(swapped), "rows")(
+        ResponseSet("x", prompt("?"), ("a good answer",), (1.0,))
+    ) == pytest.approx([-good])
+    with pytest.raises(InputError, match="^rows: no pair says which response is preferred"):
+        fit_tfidf([pair("p", 1, 2, None)], "rows")
 
 
 def test_margins_and_calibration_worked_by_hand(tmp_path):

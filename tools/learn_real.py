@@ -14,7 +14,6 @@ everything is right on one of them. Prints JSON.
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -33,9 +32,6 @@ SOURCES = {
     "rmb-harmless": ("rmb_harmless_pairs.jsonl.gz", 60, 100),
     "xstest": ("xstest_pairs.jsonl.gz", 40, 64),
 }
-REFUSAL = re.compile(
-    r"\b(sorry|cannot|can't|can’t|unable|won't|not able|illegal|unethical|inappropriate|harmful)\b", re.I
-)
 RESAMPLES = 10_000
 
 
@@ -160,22 +156,11 @@ def theirs(model: Path, pairs: list, out: Path, options: argparse.Namespace) -> 
 
 
 def tfidf(train: list, held_out: list) -> np.ndarray:
-    """Logistic regression on the difference of the responses' TF-IDF vectors, both ways round."""
-    from scipy.sparse import vstack
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
+    """What words alone say, learnt from the training pairs."""
+    from adaptrm.evaluate.trivial import fit_tfidf
 
-    words = TfidfVectorizer(min_df=2, ngram_range=(1, 2), sublinear_tf=True)
-    words.fit([text for pair in train for text in (pair.response_a, pair.response_b)])
-
-    def differences(pairs):
-        return words.transform([p.response_a for p in pairs]) - words.transform([p.response_b for p in pairs])
-
-    x = differences(train)
-    y = np.asarray([pair.preferred == "a" for pair in train])
-    model = LogisticRegression(C=10.0, fit_intercept=False, max_iter=1000)
-    model.fit(vstack([x, -x]), np.concatenate([y, ~y]))
-    return model.decision_function(differences(held_out))
+    scores = map(fit_tfidf(train, "the training pairs"), (pair.as_set() for pair in held_out))
+    return np.array([a - b for a, b in scores])
 
 
 def accuracy(margins: np.ndarray, pairs: list) -> dict[str, Any]:
@@ -203,6 +188,7 @@ def main() -> None:
     import transformers
 
     from adaptrm.data.chat import ChatTokenizer
+    from adaptrm.evaluate.trivial import refusal_words
     from adaptrm.parallel import make_mesh
     from adaptrm.reward_model import RewardModel
     from adaptrm.train.save import save_model
@@ -233,8 +219,7 @@ def main() -> None:
             margins[name] = rewards[:, 0] - rewards[:, 1]
     margins["tf-idf"] = tfidf(train, held_out)
     margins["longer"] = np.asarray([len(p.response_a.split()) - len(p.response_b.split()) for p in held_out])
-    refusals = [[len(REFUSAL.findall(text)) for text in (p.response_a, p.response_b)] for p in held_out]
-    margins["more refusal words"] = np.asarray([a - b for a, b in refusals])
+    margins["more refusal words"] = np.array([a - b for a, b in map(refusal_words, (p.as_set() for p in held_out))])
     result = {
         "accuracy": {name: accuracy(values, held_out) for name, values in margins.items()},
         "same_verdict_as_trl": round(float(np.mean((margins["adaptrm"] > 0) == (margins["trl"] > 0))), 3),

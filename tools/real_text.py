@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from learn_real import REFUSAL, hash_of, tfidf
+from learn_real import hash_of, tfidf
+
+from adaptrm.evaluate.trivial import REFUSAL
 
 REPLIES = "labels/rbr_gold_labels.jsonl"
 # Name -> file, and subset where it is one of several.

@@ -1,13 +1,12 @@
 """Scorers that read nothing: a reward model that does not beat them has learnt nothing else."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import numpy as np
 
-from adaptrm.data.preferences import ResponseSet, read_pairs
-from adaptrm.data.rows import BadRows, Source
+from adaptrm.data.preferences import Pair, ResponseSet
 from adaptrm.errors import InputError
 
 REFUSAL = re.compile(
@@ -34,11 +33,12 @@ TRIVIAL: dict[str, Callable[[ResponseSet], Scores]] = {
 }
 
 
-def fit_tfidf(source: Source) -> Callable[[ResponseSet], Scores]:
+def fit_tfidf(pairs: Iterable[Pair], source: str) -> Callable[[ResponseSet], Scores]:
     """Bradley-Terry on the words of the responses: logistic regression on differences of TF-IDF vectors.
 
     Args:
-        source: training pairs; the first ``TRAINING_PAIRS`` that people labelled are used.
+        pairs: the first ``TRAINING_PAIRS`` that people labelled are used.
+        source: where they are from, for messages.
 
     Raises:
         InputError: scikit-learn is not installed, or no pair has a preference.
@@ -49,8 +49,7 @@ def fit_tfidf(source: Source) -> Callable[[ResponseSet], Scores]:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
         raise InputError("TF-IDF needs scikit-learn; pip install 'adaptrm[gold]'") from None
-    labelled = (pair for pair in read_pairs(source, BadRows("skip")) if pair.preferred is not None)
-    pairs = list(islice(labelled, TRAINING_PAIRS))
+    pairs = list(islice((pair for pair in pairs if pair.preferred is not None), TRAINING_PAIRS))
     if not pairs:
         raise InputError(f"{source}: no pair says which response is preferred; TF-IDF has nothing to learn from")
     words = TfidfVectorizer(min_df=min(2, len(pairs)), ngram_range=(1, 2), sublinear_tf=True)
