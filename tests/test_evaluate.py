@@ -192,7 +192,7 @@ def test_words_learn_what_training_pairs_say(tmp_path):
     assert fit_tfidf(load_pairs(swapped), "rows")(
         ResponseSet("x", prompt("?"), ("a good answer",), (1.0,))
     ) == pytest.approx([-good])
-    with pytest.raises(InputError, match="^rows: no pair says which response is preferred"):
+    with pytest.raises(InputError, match=r"^rows: no pair says which"):
         fit_tfidf([pair("p", 1, 2, None)], "rows")
 
 
