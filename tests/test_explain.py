@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     pairs = [*PAIRS[:4], replace(PAIRS[4], response_a=HOSTILE, response_b=HOSTILE * 30, preferred="b")]
     pairs[2] = replace(PAIRS[2], response_a=PAIRS[2].response_b, response_b=PAIRS[2].response_a)
     write_rows(out / "pairs.jsonl", pair_rows(pairs))
-    score(ScoreJob(*(str(out / name) for name in ("pairs.jsonl", "lm", "pool.yaml", "scores")), part_size=2))
+    score(ScoreJob(*(str(out / name) for name in ("pairs.jsonl", "lm", "pool.yaml", "scores")), part_size=3))
     label(LabelJob(str(out / "scores"), str(out / "labels.jsonl"), k=K))
     return out
 
@@ -84,7 +84,7 @@ def test_a_judge_that_is_asked_now_says_the_same(made, by_scores):
     for found in (by_scores[1], by_scores[4]):
         now = explain(job(made, judge="lm", rules="pool.yaml", id=found["id"]))
         for rule, before in zip(now.pop("deciding_rules"), found["deciding_rules"], strict=True):
-            assert rule == pytest.approx(before, abs=1e-5) or rule["text"] == before["text"]
+            assert all(rule[name] == before[name] for name in ("id", "text", "sign"))
             np.testing.assert_allclose([rule[n] for n in NUMBERS], [before[n] for n in NUMBERS], atol=1e-5)
         assert now.pop("rules")["margin"] == pytest.approx(found["rules"]["margin"], abs=1e-5)
         assert now == {name: found[name] for name in now}
@@ -172,6 +172,7 @@ def test_rules_that_an_adapter_chose_are_those_that_decide(made, tmp_path):
         assert {rule["id"] for rule in found["deciding_rules"]} == {POOL.ids[rule] for rule in rules[row]}
         assert found["rules"]["margin"] == pytest.approx(np.nansum(a[row] - b[row]), abs=1e-6)
         assert all(rule["text"] is None for rule in found["deciding_rules"])  # this folder holds no texts
+        assert found["rules"]["selected_by"] == "adapter"
     with_texts = explain(replace(job(made, rules="pool.yaml"), scores=str(tmp_path / "few")))
     assert all(rule["text"] == POOL[POOL.ids.index(rule["id"])].text for rule in with_texts["deciding_rules"])
 
@@ -213,6 +214,9 @@ def test_people_see_the_verdict(by_scores, capsys, monkeypatch):
         for rule in found["deciding_rules"]:
             assert any(line[:1] == [f"{rule['id']}:"] and f"{rule['difference']:.3f}" in line for line in lines)
         assert f"probability {found['rewards']['probability_a']:.3f}" in " ".join(shown.split())
+        assert "; A is better with probability" not in shown.partition("rules ")[2].partition("preferred")[0]
+    certain = by_scores[0] | {"rules": by_scores[0]["rules"] | {"probability_a": 0.75}}
+    assert "; A is better with probability 0.750" in " ".join(printed(certain, capsys).split())
     turned = by_scores[0] | {"agree": not by_scores[0]["agree"]}
     assert words[turned["agree"]] in printed(turned, capsys)
 

@@ -115,6 +115,7 @@ def explain(job: ExplainJob) -> dict[str, Any]:
     a, b = RewardModel.from_pretrained(job.model, job.dtype).score_pairs([pair])[0].tolist()
     if not math.isfinite(a) or not math.isfinite(b):
         raise InputError(f"{job.model}: the reward of pair {pair.id!r} is not finite in {job.dtype}; check its weights")
+    by = job.strategy if scores is None or scores.rules is None else "adapter"
     by_rewards, by_rules = (a > b) - (a < b), verdict.preferred
     probability = 0.5 + 0.5 * math.tanh((a - b) / 2)  # the sigmoid, and no overflow
     preferred = {"rewards": SIDES[by_rewards], "rules": SIDES[by_rules], "people": pair.preferred}
@@ -125,11 +126,7 @@ def explain(job: ExplainJob) -> dict[str, Any]:
         "response_a": pair.response_a,
         "response_b": pair.response_b,
         "rewards": {"a": a, "b": b, "difference": a - b, "probability_a": probability},
-        "rules": {
-            "selected_by": job.labels or job.strategy,
-            "margin": verdict.margin,
-            "probability_a": verdict.probability,
-        },
+        "rules": {"selected_by": job.labels or by, "margin": verdict.margin, "probability_a": verdict.probability},
         "preferred": preferred,
         "agree": by_rewards == by_rules if by_rewards and by_rules else None,
         "deciding_rules": [_said(job, scores, texts, texts.ids.index(rule), weights) for rule in verdict.rules],

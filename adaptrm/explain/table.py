@@ -26,6 +26,8 @@ def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
         name = f"{rule['id']}: {rule['text']}" if rule["text"] else rule["id"]
         table.add_row(Text(printable(name)), *("" if rule[n] is None else f"{rule[n]:.3f}" for n in NUMBERS))
     rewards, rules = found["rewards"], found["rules"]
+    # Probabilities of 1, .5 and 0 are those of labels without a model of them.
+    chance = "" if rules["probability_a"] % 0.5 == 0 else f"; A is better with probability {rules['probability_a']:.3f}"
     prefer = {of: f"response {side.upper()}" if side else "neither" for of, side in found["preferred"].items()}
     agree = {True: "reward model and rules agree", False: "reward model and rules disagree", None: "undecided"}
     return {
@@ -35,8 +37,7 @@ def for_people(found: Mapping[str, Any]) -> dict[str, Any]:
         "response_B": _short(found["response_b"]),
         "rewards": f"A {rewards['a']:.4g}, B {rewards['b']:.4g}, A - B {rewards['difference']:.4g}; A is better with "
         f"probability {rewards['probability_a']:.3f}",
-        "rules": f"margin of A over B {rules['margin']:.4g}, probability {rules['probability_a']:.3f}; selected by "
-        f"{rules['selected_by']}",
+        "rules": f"margin of A over B {rules['margin']:.4g}, selected by {rules['selected_by']}{chance}",
         "preferred": prefer,
         "verdict": agree[found["agree"]],
         "table": table,
