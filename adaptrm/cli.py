@@ -12,9 +12,12 @@ import typer
 
 from adaptrm import __version__
 from adaptrm.errors import RESTART, InputError, Stopped
+from adaptrm.measure_verbs import measure_app
+from adaptrm.model_verbs import model_app
+from adaptrm.options import BAD_ROW, PAIRS, BadRow, Dtype, Json, OnBadRow, TruncateTo
 from adaptrm.preemption import stops_at_once
 from adaptrm.results import show
-from adaptrm.rule_verbs import Json, rules_app
+from adaptrm.rule_verbs import rules_app
 from adaptrm.watchdog import watching
 
 app = typer.Typer(
@@ -25,20 +28,14 @@ app = typer.Typer(
     help="Label preference pairs by the safety rules that tell the two responses apart, train reward models on them.",
 )
 app.add_typer(rules_app, name="rules", help="Look after rule pools.")
-# What --pairs and --data take.
-PAIRS = "JSONL(.gz), Parquet, a folder of save_to_disk, or a hub name OWNER/NAME[:CONFIG][:SPLIT]"
+app.add_typer(measure_app)
+app.add_typer(model_app)
 
 
 class Verb(StrEnum):
     reward = "reward"
     judge = "judge"
     adapter = "adapter"
-
-
-class Suite(StrEnum):
-    pairs = "pairs"
-    rewardbench = "rewardbench"
-    rules = "rules"
 
 
 class StepKind(StrEnum):
@@ -60,11 +57,6 @@ class Strategy(StrEnum):
     relevance = "relevance"
 
 
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
 class Quantize(StrEnum):
     int8 = "int8"
 
@@ -72,19 +64,6 @@ class Quantize(StrEnum):
 QuantizeTo = Annotated[Quantize | None, typer.Option(help="Keep the judge's projections in this; needs the extra.")]
 Tensor = Annotated[
     int, typer.Option(min=1, help="Of a judge that scores: devices that split a layer; the rest split rows.")
-]
-
-
-class OnBadRow(StrEnum):
-    fail = "fail"
-    skip = "skip"
-
-
-BAD_ROW = typer.Option(help="A row that is no pair: an error, or listed and left out.")
-BadRow = Annotated[OnBadRow, BAD_ROW]
-TruncateTo = Annotated[
-    int | None,
-    typer.Option(min=1, help="Cut what is longer than so many tokens, from the left. Nothing is cut without it."),
 ]
 
 
@@ -254,70 +233,6 @@ def plan(
     scoring = {"tensor": tensor, "quantize": quantize and quantize.value}
     found = run(config, target, dotted(ctx.args), "" if only is None else only.value, **scoring)
     show(found if as_json else for_people(found), as_json)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="Reward model (of suite rules, rule adapter): a folder, a hub name or a run of train.")
-    ],
-    data: Annotated[str, typer.Option(help=f"Pairs that people labelled: {PAIRS}.")],
-    out: Annotated[str, typer.Option(help="FILE.json; FILE.rows.parquet is written beside it.")],
-    suite: Annotated[
-        Suite, typer.Option(help="What is measured; rules: an adapter's choice against --scores of all rules.")
-    ] = Suite.pairs,
-    scores: Annotated[str | None, typer.Option(help="Of suite rules: score folder of the pairs.")] = None,
-    k: Annotated[int, typer.Option(min=1, help="Of suite rules: rules a pair.")] = 5,
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the model.")] = Dtype.float32,
-    on_bad_row: BadRow = OnBadRow.fail,
-    truncate_to: TruncateTo = None,
-    as_json: Json = False,
-) -> None:
-    """Measure a reward model's accuracy, or how well an adapter chooses rules."""
-    from adaptrm.parallel.distributed import start_processes
-
-    start_processes()
-    if suite is Suite.rules:
-        from adaptrm.evaluate import rule_choice
-        from adaptrm.rule_adapter import RuleAdapter
-
-        if scores is None or truncate_to is not None:
-            raise InputError("--suite rules needs --scores, a score folder of all rules, and cuts no pair")
-        adapter = RuleAdapter.from_pretrained(model, dtype.value)
-        result = rule_choice.evaluate_rules(adapter, scores, data, out, k, model=model, dtype=dtype.value)
-        show(result if as_json else rule_choice.for_people(result), as_json)
-        return
-    from adaptrm.data.rows import BadRows
-    from adaptrm.data.truncation import Truncation, usable
-    from adaptrm.evaluate import SUITES, evaluate_pairs
-    from adaptrm.evaluate.table import for_people
-    from adaptrm.reward_model import RewardModel
-
-    read, sections = SUITES[suite.value]
-    reward_model = RewardModel.from_pretrained(model, dtype.value)
-    bad, cut = BadRows(on_bad_row.value), Truncation(reward_model.pair_length, truncate_to)
-    pairs = usable(read(data, bad), cut, bad, data)
-    named = {"model": model, "dtype": dtype.value, "suite": suite.value, "data": data}
-    left = {"skipped_rows": lambda: bad.count, "truncated": lambda: cut.count}
-    result = evaluate_pairs(reward_model.score_pairs, pairs, out, sections=sections, counts=left, **named)
-    show(result if as_json else for_people(result), as_json)
-
-
-@app.command()
-def export(
-    run: Annotated[str, typer.Argument(help="Run folder of train, or one checkpoint of it: RUN/checkpoints/STEP.")],
-    out: Annotated[str, typer.Argument(help="Hugging Face folder to write.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Read it back and compare what it computes.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Write a run's latest checkpoint as a Hugging Face folder."""
-    from adaptrm.parallel.distributed import start_processes
-
-    start_processes()
-    from adaptrm.export import export_run
-
-    verified = export_run(run, out, verify)
-    show({"export": out} | ({"verified_by": verified} if verify else {}), as_json)
 
 
 def dotted(args: list[str]) -> dict[str, str]:

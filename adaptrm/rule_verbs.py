@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 from adaptrm.errors import InputError, printable
+from adaptrm.options import Json
 from adaptrm.results import show
 
 rules_app = typer.Typer(no_args_is_help=True)
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Pool = Annotated[str, typer.Argument(help="Rule pool: a name or a YAML file.")]
 
 

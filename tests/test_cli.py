@@ -214,7 +214,7 @@ def test_dotted_options():
 LAYERS = [
     ["errors", "prefix_tree", "products"],
     ["paths", "yaml_text", "progress", "watchdog", "preemption"],  # raise and show what errors defines
-    ["config", "lock", "results"],  # read and show through them
+    ["config", "lock", "results", "options"],  # read and show through them
     ["attention", "parallel"],
     ["models"],
     ["hf", "data", "rules"],
@@ -224,8 +224,8 @@ LAYERS = [
     ["train"],
     ["evaluate"],
     ["reward_model", "rule_adapter", "label", "export"],
-    ["plan", "doctor", "report", "demo", "merge"],
-    ["rule_verbs"],
+    ["plan", "doctor", "report", "demo", "merge", "explain"],
+    ["rule_verbs", "measure_verbs", "model_verbs"],
     ["cli"],
 ]
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

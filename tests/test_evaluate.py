@@ -1,4 +1,4 @@
-"""Accuracy on pairs that people labelled, with a plain function as the scorer."""
+"""Accuracy on what people labelled, with a plain function as the scorer, and its intervals."""
 
 import json
 
@@ -6,22 +6,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from adaptrm.data.preferences import Pair
+from adaptrm.data.preferences import Pair, ResponseSet, hash_id
 from adaptrm.errors import InputError
-from adaptrm.evaluate import evaluate_pairs, preference
-from adaptrm.evaluate.preference import Count, interval, resampled
+from adaptrm.evaluate import SUITES, evaluate
+from adaptrm.evaluate import run as evaluate_run
+from adaptrm.evaluate.cells import RESAMPLES, Cells, draws, interval
 from adaptrm.evaluate.table import for_people
+from adaptrm.evaluate.trivial import TRIVIAL, fit_tfidf
 
-PROMPT = ({"role": "user", "content": "?"},)
+
+def prompt(text: str) -> tuple[dict[str, str]]:
+    return ({"role": "user", "content": text},)
 
 
 def pair(name: str, a: float, b: float, preferred, subset=None) -> Pair:
-    """The responses are the numbers that the scorer reads."""
-    return Pair(name, PROMPT, str(a), str(b), preferred, subset)
+    """The responses are the numbers that the scorer reads; each pair has a prompt of its own."""
+    return Pair(name, prompt(f"{name}?"), str(a), str(b), preferred, subset)
 
 
-def reads(pairs: list[Pair]) -> np.ndarray:
-    return np.array([[float(p.response_a), float(p.response_b)] for p in pairs])
+def reads(sets: list[ResponseSet]) -> list[np.ndarray]:
+    return [np.array([float(text) for text in one.responses]) for one in sets]
 
 
 PAIRS = [
@@ -37,10 +41,15 @@ PAIRS = [
 ]
 
 
-def evaluated(pairs, folder, scorer=reads, name="out.json"):
+def measured(pairs, file, scorer=reads, suite="pairs", **options):
+    sets = [one.as_set() if isinstance(one, Pair) else one for one in pairs]
+    return evaluate(scorer, SUITES[suite], sets, file, name=suite, model="m", dtype="float32", **options)
+
+
+def evaluated(pairs, folder, scorer=reads, name="out.json", **options):
     """The result, and the rows file's columns."""
     file = folder / name
-    result = evaluate_pairs(scorer, pairs, file, model="m", dtype="float32")
+    result = measured(pairs, file, scorer, **options)
     assert json.loads(file.read_text()) == result
     return result, pq.read_table(str(file).removesuffix(".json") + ".rows.parquet").to_pydict()
 
@@ -64,7 +73,7 @@ def test_accuracy_of_a_case_worked_by_hand(tmp_path):
     }
     assert result["subsets"]["safety"]["ci95"] == [1.0, 1.0]
     low, high = result["ci95"]
-    assert 0 < low < 3 / 7 < high < 1
+    assert 0 <= low < 3 / 7 < high < 1
     assert rows["id"] == ["p0", "p1", "p2", "p3", "p5", "p6", "p7"]
     assert rows["subset"] == ["chat", "chat", "safety", "chat", "all", "all", "all"]
     # The chosen response first, whatever its side.
@@ -77,55 +86,155 @@ def test_swapping_the_responses_changes_nothing(tmp_path):
     assert evaluated(swapped, tmp_path, name="swapped.json") == evaluated(PAIRS, tmp_path)
 
 
+def test_what_of_a_result_is_of_the_rows_and_not_of_the_model(tmp_path):
+    rows = evaluated(PAIRS, tmp_path)[1]
+    assert rows["chosen"] == [1] * 7 and len(set(rows["prompt"])) == 7
+    assert rows["prompt"][0] == hash_id(json.dumps([dict(m) for m in PAIRS[0].prompt]))
+
+
 def test_pairs_are_streamed_in_batches_and_nothing_depends_on_them(tmp_path, monkeypatch):
     expected = evaluated(PAIRS, tmp_path)
-    monkeypatch.setattr(preference, "PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr(evaluate_run, "SETS_AT_ONCE", 2)
     sizes = []
 
     def scorer(some):
         sizes.append(len(some))
         return reads(some)
 
-    assert evaluated(iter(PAIRS), tmp_path, scorer, "small.json") == expected
+    result, rows = evaluated(iter(PAIRS), tmp_path, scorer, "small.json")
     assert sizes == [2, 2, 2, 1]  # p4 is never scored
+    assert rows == expected[1] and result.keys() == expected[0].keys()
+    for key, value in result.items():  # sums in another order
+        assert value == expected[0][key] or key in ("ci95", "subsets", "baselines", "margins", "calibration")
+    np.testing.assert_allclose(result["ci95"], expected[0]["ci95"], rtol=1e-12)
 
 
 def test_a_batch_of_nothing_but_unlabelled_pairs_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(preference, "PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr(evaluate_run, "SETS_AT_ONCE", 1)
     result, _ = evaluated(PAIRS, tmp_path)
     assert (result["n"], result["skipped"]) == (7, 1)
 
 
-def test_interval_equals_the_binomial_one():
+def cells_of(prompts, right) -> Cells:
+    cells = Cells(1)
+    cells.add(["x"] * len(right), np.asarray(prompts, np.uint64), np.asarray(right, float)[:, None])
+    return cells
+
+
+def test_draws_are_independent_poisson_variables():
+    found = draws(np.arange(400, dtype=np.uint64))
+    assert found.shape == (400, RESAMPLES)
+    n = found.size
+    assert found.mean() == pytest.approx(1, abs=4 / n**0.5) and found.var() == pytest.approx(1, abs=8 / n**0.5)
     stats = pytest.importorskip("scipy.stats")
-    for right, n in ((704, 740), (50, 100), (3, 10), (0, 20), (20, 20)):
-        got = interval(resampled(Count(n, right)))
-        exact = stats.binom.ppf([0.025, 0.975], n, right / n) / n
-        # Quantiles of 10,000 draws: one count beside the exact ones at most.
-        assert np.abs(got - exact).max() <= 1 / n + 1e-12
-        assert interval(resampled(Count(n, right))) == got
+    for value in range(5):
+        p = stats.poisson.pmf(value, 1)
+        assert (found == value).mean() == pytest.approx(p, abs=4 * (p / n) ** 0.5)
+    for axis in (0, 1):  # neighbours in prompts and in resamples have nothing to do with each other
+        left, right = np.take(found, range(0, 399), axis), np.take(found, range(1, 400), axis)
+        assert abs(np.corrcoef(left.ravel(), right.ravel())[0, 1]) < 5 / left.size**0.5
+    np.testing.assert_array_equal(draws(np.array([7, 3], np.uint64)), found[[7, 3]])
+
+
+def test_intervals_are_as_wide_as_the_binomial_ones():
     # METHOD.md section 4: on RewardBench's 740 Safety pairs the standard error is 0.8 points.
-    low, high = interval(resampled(Count(740, 704)))
-    assert (high - low) / (2 * 1.96) == pytest.approx(0.008, abs=0.0005)
+    for right, n in ((704, 740), (500, 1000)):
+        low, high = interval(cells_of(range(n), np.arange(n) < right).means()["x"][0, 1:])
+        assert low < right / n < high
+        assert (high - low) / (2 * 1.96) == pytest.approx((right / n * (1 - right / n) / n) ** 0.5, rel=0.07)
+    assert interval(cells_of(range(20), np.ones(20)).means()["x"][0, 1:]) == [1, 1]
+
+
+def test_pairs_of_one_prompt_are_not_independent():
+    """Ten pairs a prompt, all right or all wrong, tell as much as one."""
+    right = np.arange(100) % 2
+    alone = interval(cells_of(range(100), right).means()["x"][0, 1:])
+    tenfold = cells_of(np.repeat(range(100), 10), np.repeat(right, 10))
+    assert interval(tenfold.means()["x"][0, 1:]) == pytest.approx(alone) and tenfold.count("x") == 1000
+    naive = interval(cells_of(range(1000), np.repeat(right, 10)).means()["x"][0, 1:])
+    assert (naive[1] - naive[0]) < 0.4 * (alone[1] - alone[0])
+
+
+TEXTS = [
+    ResponseSet("r", prompt("a"), ("I'm sorry, I cannot.", "Sure, here it is, at length."), (1.0, 0.0), "refuse"),
+    ResponseSet("s", prompt("b"), ("Sure thing.", "I am unable to do that: it is illegal."), (1.0, 0.0), "respond"),
+    ResponseSet("t", prompt("c"), ("Yes, it is.", "No."), (1.0, 0.0), "respond"),
+]
+
+
+def test_trivial_scorers_stand_beside_the_model(tmp_path):
+    scorer = lambda sets: [np.array([1.0, 0.0]) for _ in sets]  # noqa: E731
+    result, _ = evaluated(TEXTS, tmp_path, scorer)
+    assert list(result["baselines"]) == list(TRIVIAL) == ["longer", "shorter", "refusal words"]
+    found = {name: one["accuracy"] for name, one in result["baselines"].items()}
+    # Of the last pair neither response refuses: half.
+    assert found == {name: pytest.approx(x) for name, x in zip(found, (1 / 3, 2 / 3, 0.5), strict=True)}
+    longer = result["baselines"]["longer"]
+    assert longer["model_less_this"] == pytest.approx(2 / 3)
+    low, high = longer["ci95"]
+    assert 0 <= low < 2 / 3 < high <= 1
+    assert result["length_bias"] == {
+        "chosen_longer": {"n": 1, "accuracy": 1},
+        "chosen_shorter": {"n": 2, "accuracy": 1},
+        "same_length": {"n": 0, "accuracy": None},
+    }
+
+
+def test_words_learn_what_training_pairs_say(tmp_path):
+    pytest.importorskip("sklearn")
+    rows = [
+        {"id": str(i), "prompt": f"q{i}", "chosen": f"good answer {i}", "rejected": f"bad reply {i}"} for i in range(20)
+    ]
+    scorer = fit_tfidf(rows)
+    good, bad = scorer(ResponseSet("x", prompt("?"), ("a good answer", "a bad reply"), (1.0, 0.0)))
+    assert good > 0 > bad
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    assert fit_tfidf(swapped)(ResponseSet("x", prompt("?"), ("a good answer",), (1.0,))) == pytest.approx([-good])
+    with pytest.raises(InputError, match="no pair says which response is preferred"):
+        fit_tfidf([{"prompt": "?", "response_a": "x", "response_b": "y"}])
+
+
+def test_margins_and_calibration_worked_by_hand(tmp_path):
+    log_odds = np.log(3.0)  # P(right) = 3/4
+    pairs = [pair(f"p{i}", log_odds, 0, "a" if i < 6 else "b") for i in range(8)]
+    result, _ = evaluated(pairs, tmp_path)
+    assert result["margins"]["mean"] == pytest.approx(log_odds / 2, rel=1e-6)
+    (row,) = result["calibration"]["reliability"]
+    assert (row["rows"], row["right"]) == (8, 0.75) and row["probability"] == pytest.approx(0.75, rel=1e-6)
+    assert result["calibration"]["error"] == pytest.approx(0, abs=1e-6)
+    result, _ = evaluated([pair("p", 2, 2, "a")], tmp_path)  # says one half, and half is right
+    assert result["calibration"]["error"] == 0
+
+
+def test_a_best_of_n_row_in_both_suites(tmp_path):
+    one = ResponseSet("s", prompt("?"), ("3", "5", "5", "1"), (0.0, 1.0, 0.0, 1.0), "x")
+    result, rows = evaluated([one], tmp_path)  # chosen 5 and 1, rejected 3 and 5
+    assert rows["id"] == ["s#0-0", "s#0-1", "s#1-0", "s#1-1"]
+    assert rows["scores"] == [[5, 3], [5, 5], [1, 3], [1, 5]]
+    assert (result["n"], result["accuracy"], result["ties"]) == (4, 0.25, 1)
+    assert len(set(rows["prompt"])) == 1
+    result, rows = evaluated([one], tmp_path, suite="best-of-n")
+    assert (rows["id"], rows["scores"], rows["chosen"]) == (["s"], [[5, 1, 3, 5]], [2])
+    assert (result["n"], result["accuracy"], result["ties"]) == (1, 0.5, 1)
 
 
 def test_nothing_to_measure_is_an_error(tmp_path):
     for pairs in ([], [pair("p0", 1, 2, None)]):
         with pytest.raises(InputError, match="no pair says which response is preferred"):
-            evaluate_pairs(reads, pairs, tmp_path / "out.json", model="m", dtype="float32")
+            measured(pairs, tmp_path / "out.json")
         assert not list(tmp_path.iterdir())  # the file of rows neither
 
 
 def test_results_are_json(tmp_path):
     with pytest.raises(InputError, match=r"out.parquet: results are JSON; give --out FILE.json"):
-        evaluate_pairs(reads, PAIRS, tmp_path / "out.parquet", model="m", dtype="float32")
+        measured(PAIRS, tmp_path / "out.parquet")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_rewards_that_are_not_finite_are_no_accuracy(tmp_path, value):
     scorer = lambda some: np.array([[1, 0], [value, 0]])[: len(some)]  # noqa: E731
-    with pytest.raises(InputError, match=r"^m: the reward of pair 'p1' is not finite"):
-        evaluate_pairs(scorer, PAIRS[:2], tmp_path / "out.json", model="m", dtype="float32")
+    with pytest.raises(InputError, match=r"^m in float32: the reward of 'p1' is not finite"):
+        measured(PAIRS[:2], tmp_path / "out.json", scorer)
     assert not list(tmp_path.iterdir())
 
 
@@ -135,20 +244,20 @@ def test_people_see_every_subset_and_no_markup(tmp_path):
     result, _ = evaluated([pair("p0", 2, 1, "a", "[red]x[/red]"), *PAIRS], tmp_path)
     shown = for_people(result)
     table = shown.pop("table")
-    assert shown == {
+    assert {k: shown[k] for k in ("suite", "n", "rows_without_preference", "ties", "chosen_longer")} == {
         "suite": "pairs",
-        "model": "m",
-        "dtype": "float32",
         "n": 8,
-        "pairs_without_preference": 1,
+        "rows_without_preference": 1,
         "ties": 3,
+        "chosen_longer": "50.0 % of 2",
     }
     console = Console(width=80)
     with console.capture() as text:
         console.print(table)
     rows = [" ".join(line.strip("│").replace("│", " ").split()) for line in text.get().splitlines() if "│" in line]
-    assert rows[0].startswith("All pairs 8 50.0 ")
-    assert [row.split(" ", 3)[:3] for row in rows[1:]] == [
+    assert rows[0].startswith("All rows 8 50.0 ")
+    assert rows[5].startswith("scorer: longer model less it ")
+    assert [row.split(" ", 3)[:3] for row in rows[1:5]] == [
         ["[red]x[/red]", "1", "100.0"],
         ["all", "3", "33.3"],
         ["chat", "3", "33.3"],

@@ -14,6 +14,7 @@ from tiny import tiny_causal_lm, tiny_config, tiny_pairs, tiny_tokenizer
 
 from adaptrm.config import parse_options
 from adaptrm.data.chat import DATE, ChatTokenizer, choose_pad_token
+from adaptrm.data.preferences import ResponseSet
 from adaptrm.errors import InputError
 from adaptrm.export import export_run, probe, verify
 from adaptrm.parallel import make_mesh
@@ -97,7 +98,14 @@ def test_saving_what_was_loaded_gives_the_same_weights(run, tmp_path):
 def test_pairs_and_conversations_give_the_same_rewards(run, monkeypatch):
     model = RewardModel.from_pretrained(run)
     np.testing.assert_allclose(model.score_pairs(tiny_pairs(4)).reshape(-1), model.score(conversations()), atol=1e-5)
-    assert model.score([]).shape == (0,)
+    assert model.score([]).shape == (0,) and model.score_pairs([]).shape == (0, 2)
+    # Sets of several sizes, one of them a pair.
+    pair = tiny_pairs(2)[1]
+    sets = [ResponseSet("s", pair.prompt, (*pair.responses, pair.response_a), (1.0, 0.0, 0.0)), pair]
+    of_set, of_pair = model.score_sets(sets)
+    assert of_set.dtype == np.float32
+    np.testing.assert_allclose(of_set, model.score([pair.conversation(side) for side in "aba"]), atol=1e-5)
+    np.testing.assert_allclose(of_pair, of_set[:2], atol=1e-5)
     # However many are packed together, none is lost between one lot and the next.
     together = model.score(conversations())
     monkeypatch.setattr("adaptrm.train.classifier.TREES_AT_ONCE", 3)

@@ -13,13 +13,15 @@ from commands import in_process, write_rows
 from rich.console import Console
 from tiny import random_state, tiny_config, tiny_tokenizer
 
-from adaptrm import cli
+from adaptrm import measure_verbs
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import load_pairs
+from adaptrm.data.rows import BadRows
 from adaptrm.errors import InputError
-from adaptrm.evaluate import SUITES, evaluate_pairs, read_rewardbench, section_scores
-from adaptrm.evaluate.preference import Count
-from adaptrm.evaluate.rewardbench import PUBLISHED, SECTIONS, WEIGHTS
+from adaptrm.evaluate import SUITES, evaluate
+from adaptrm.evaluate.cells import Cells, interval
+from adaptrm.evaluate.rewardbench import PRIOR_SETS, PUBLISHED, SECTIONS, WEIGHTS, section_scores
+from adaptrm.evaluate.suite import overall_of
 from adaptrm.evaluate.table import for_people
 from adaptrm.models import SequenceClassifier
 from adaptrm.reward_model import RewardModel
@@ -32,25 +34,38 @@ def native(subset: str, number: int, chosen: float, rejected: float, **other) ->
     return row | {"subset": subset, "id": number} | other
 
 
-def reads(pairs) -> np.ndarray:
-    return np.array([[float(p.response_a), float(p.response_b)] for p in pairs])
+def reads(sets) -> list[np.ndarray]:
+    return [np.array([float(text) for text in one.responses]) for one in sets]
 
 
-def length(pairs) -> np.ndarray:
-    return np.array([[len(p.response_a), len(p.response_b)] for p in pairs])
+def length(sets) -> list[np.ndarray]:
+    return [np.array([float(len(text)) for text in one.responses]) for one in sets]
 
 
-def evaluated(source, folder, scorer=reads):
+def evaluated(source, folder, scorer=reads, suite="rewardbench"):
     """The result, and the rows file's columns."""
-    pairs, named = read_rewardbench(source), {"model": "m", "dtype": "float32", "suite": "rewardbench"}
-    result = evaluate_pairs(scorer, pairs, folder / "out.json", sections=section_scores, **named)
+    sets, named = SUITES[suite].read(source, BadRows()), {"model": "m", "dtype": "float32", "name": suite}
+    result = evaluate(scorer, SUITES[suite], sets, folder / "out.json", **named)
     assert json.loads((folder / "out.json").read_text()) == result
     return result, pq.read_table(folder / "out.rows.parquet").to_pydict()
 
 
-def full(right: dict[str, int]) -> dict[str, Count]:
-    """Counts of the subsets at their published size."""
-    return {subset: Count(PUBLISHED[subset], hits) for subset, hits in right.items()}
+def full(right: dict[str, int], sizes: dict[str, int] = PUBLISHED) -> dict[str, np.ndarray]:
+    """Means of the subsets, with so many right of as many as were published, and their resamples."""
+    cells = Cells(1)
+    for number, (subset, hits) in enumerate(right.items()):
+        n = sizes[subset]
+        prompts = np.arange(n, dtype=np.uint64) + np.uint64(number * 10_000)
+        cells.add([subset] * n, prompts, (np.arange(n) < hits).astype(float)[:, None])
+    return cells.means()
+
+
+def sections_of(means: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(value[0, 0]) for name, value in section_scores(means).items()}
+
+
+def overall(means: dict[str, np.ndarray]) -> np.ndarray | None:
+    return overall_of(SUITES["rewardbench"], section_scores(means))
 
 
 def test_the_published_sizes():
@@ -79,7 +94,7 @@ REASONING = {"math-prm": 149, "hep-python": 123}
 
 
 def test_sections_and_overall_worked_by_hand():
-    result = section_scores(full(CHAT | HARD | SAFETY | REASONING))
+    means = full(CHAT | HARD | SAFETY | REASONING)
     by_hand = {
         "Chat": (0.8 * 100 + 0.4 * 95 + 0.5 * 28) / (100 + 95 + 28),  # two subsets are absent: 132 of 223
         "Chat Hard": (1 * 37 + 0.5 * 100) / (37 + 100),
@@ -87,48 +102,55 @@ def test_sections_and_overall_worked_by_hand():
         "Reasoning": (149 / 447 * 984 + 0.75 * 164) / (984 + 164),  # not (149 + 123) / (447 + 164)
     }
     assert by_hand["Chat"] == pytest.approx(132 / 223) and by_hand["Reasoning"] == pytest.approx(451 / 1148)
-    assert result["sections"] == {name: pytest.approx(value) for name, value in by_hand.items()}
-    assert list(result["sections"]) == ["Chat", "Chat Hard", "Safety", "Reasoning"]
-    assert result["overall"] == pytest.approx(sum(by_hand.values()) / 4)
-    assert result["missing_sections"] == [] and result["complete"] is False
-    assert result["incomplete"]["alpacaeval-hard"] == {"n": 0, "published": 95}
-    assert set(result["incomplete"]) == set(WEIGHTS) - set(CHAT | HARD | SAFETY | REASONING)
+    assert sections_of(means) == {name: pytest.approx(value) for name, value in by_hand.items()}
+    assert list(section_scores(means)) == ["Chat", "Chat Hard", "Safety", "Reasoning"]
+    assert overall(means)[0, 0] == pytest.approx(sum(by_hand.values()) / 4)
+
+
+def test_prior_sets_are_a_fifth_section_that_counts_half():
+    sizes = dict.fromkeys(PRIOR_SETS, 10)
+    means = full(CHAT | HARD | SAFETY | REASONING) | full(dict(zip(PRIOR_SETS, (5, 6, 7, 8), strict=True)), sizes)
+    found = sections_of(means)
+    assert found["Prior Sets"] == pytest.approx(0.65)
+    four = sum(value for name, value in found.items() if name != "Prior Sets")
+    assert overall(means)[0, 0] == pytest.approx((four + 0.5 * 0.65) / 4.5)
+    del means["shp"]  # the mean of those that are there, as on the leaderboard
+    assert sections_of(means)["Prior Sets"] == pytest.approx((0.5 + 0.6 + 0.8) / 3)
 
 
 def test_a_subset_weighs_by_its_published_size_whatever_the_number_of_its_pairs():
-    few = {"refusals-dangerous": Count(2, 1), "xstest-should-respond": Count(40, 10)}
-    assert section_scores(few)["sections"] == {"Safety": pytest.approx((0.5 * 100 + 0.25 * 250) / 350)}
-    assert section_scores({"math-prm": Count(3, 1), "hep-go": Count(164, 164)})["sections"] == {
+    few = full(
+        {"refusals-dangerous": 1, "xstest-should-respond": 10}, {"refusals-dangerous": 2, "xstest-should-respond": 40}
+    )
+    assert sections_of(few) == {"Safety": pytest.approx((0.5 * 100 + 0.25 * 250) / 350)}
+    assert sections_of(full({"math-prm": 1, "hep-go": 164}, {"math-prm": 3, "hep-go": 164})) == {
         "Reasoning": pytest.approx((984 / 3 + 164) / (984 + 164))
     }
 
 
-def test_a_mean_of_three_sections_is_not_overall():
-    result = section_scores(full(CHAT | SAFETY | REASONING))
+def test_a_mean_of_three_sections_is_not_overall(tmp_path):
+    assert overall(full(CHAT | SAFETY | REASONING)) is None
+    result, _ = evaluated([row for row in SMALL if row["subset"] != "mt-bench-hard"], tmp_path)
     assert (result["overall"], result["overall_ci95"]) == (None, None)
     assert result["missing_sections"] == ["Chat Hard"]
     assert list(result["sections"]) == list(result["sections_ci95"]) == ["Chat", "Safety", "Reasoning"]
 
 
 def test_intervals_resample_each_subset_by_itself():
-    counts = full(CHAT | HARD | SAFETY | REASONING)
-    result = section_scores(counts)
-    assert section_scores(dict(reversed(counts.items()))) == result
+    means = full(CHAT | HARD | SAFETY | REASONING)
+    sections = section_scores(means)
     # Standard errors: sqrt(sum (w_s / sum w)^2 p_s (1 - p_s) / n_s); of overall a quarter of the sections' root sum.
     errors = []
-    for section, (low, high) in result["sections_ci95"].items():
-        present = [subset for subset in SECTIONS[section] if subset in counts]
-        w, n, p = (
-            np.array([of[subset] for subset in present])
-            for of in (WEIGHTS, PUBLISHED, {subset: counts[subset].accuracy for subset in present})
-        )
+    for section, value in sections.items():
+        present = [subset for subset in SECTIONS[section] if subset in means]
+        accuracy = {subset: means[subset][0, 0] for subset in present}
+        w, n, p = (np.array([of[subset] for subset in present]) for of in (WEIGHTS, PUBLISHED, accuracy))
         errors.append(np.sqrt((w**2 * p * (1 - p) / n).sum()) / w.sum())
-        assert low < result["sections"][section] < high
-        assert (high - low) / (2 * 1.96) == pytest.approx(errors[-1], rel=0.06)
-    low, high = result["overall_ci95"]
-    assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt(np.square(errors).sum()) / 4, rel=0.06)
-    # What one section shows does not hang on the others.
-    assert section_scores(full(SAFETY))["sections_ci95"]["Safety"] == result["sections_ci95"]["Safety"]
+        low, high = interval(value[0, 1:])
+        assert low < value[0, 0] < high
+        assert (high - low) / (2 * 1.96) == pytest.approx(errors[-1], rel=0.08)
+    low, high = interval(overall(means)[0, 1:])
+    assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt(np.square(errors).sum()) / 4, rel=0.08)
 
 
 SMALL = [
@@ -200,7 +222,7 @@ def test_an_oracle_is_right_everywhere(tmp_path):
     assert {x["accuracy"] for x in result["subsets"].values()} == {1}
     assert (result["complete"], result["incomplete"], result["ties"]) == (True, {}, 0)
     # One that always ties is wrong everywhere.
-    result, _ = evaluated(rows, tmp_path, scorer=lambda pairs: np.ones((len(pairs), 2)))
+    result, _ = evaluated(rows, tmp_path, scorer=lambda sets: [np.ones(2) for _ in sets])
     assert (result["ties"], result["overall"], result["accuracy"]) == (2985, 0, 0)
     # One pair more is no complete benchmark either.
     result, _ = evaluated([*rows, native("hep-go", 164, 1, 0)], tmp_path)
@@ -225,12 +247,13 @@ def test_rows_of_no_benchmark_name_their_line_and_leave_nothing(tmp_path, row, m
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_pairs_that_were_read_otherwise_are_checked_too(tmp_path):
-    for subset, message in (("mt-bench-medium", "'mt-bench-medium' is no subset of"), (None, "'all' is no subset of")):
-        pairs, named = load_pairs([native(subset, 0, 2, 1)]), {"model": "m", "dtype": "float32"}
-        with pytest.raises(InputError, match=f"^pairs: {message} RewardBench"):
-            evaluate_pairs(reads, pairs, tmp_path / "out.json", sections=section_scores, **named)
-        assert not list(tmp_path.iterdir())
+def test_xstest_is_two_halves_of_the_benchmark(tmp_path):
+    rows = [native("xstest-should-refuse", 0, 2, 1), native("xstest-should-refuse", 1, 2, 1)]
+    rows += [native("xstest-should-respond", 2, 1, 2), native("donotanswer", 3, 2, 1)]
+    result, columns = evaluated(rows, tmp_path, suite="xstest")
+    assert columns["subset"] == ["xstest-should-refuse"] * 2 + ["xstest-should-respond"]  # the others are passed over
+    assert result["sections"] == {"Should refuse": 1, "Should respond": 0} and result["overall"] == 0.5
+    assert result["incomplete"]["xstest-should-respond"] == {"n": 1, "published": 250}
 
 
 def test_the_hub_name_alone_means_the_filtered_split(tmp_path):
@@ -249,7 +272,10 @@ def tiny_reward_model(tmp_path_factory, one_device):
 
 
 def test_the_command_line_names_every_suite():
-    assert [suite.value for suite in cli.Suite] == [*SUITES, "rules"]  # the last measures adapters, not rewards
+    assert [suite.value for suite in measure_verbs.Suite] == [
+        *SUITES,
+        "rules",
+    ]  # the last measures adapters, not rewards
 
 
 def test_by_the_command_line(tmp_path, tiny_reward_model, monkeypatch, capsys):
@@ -270,6 +296,10 @@ def test_by_the_command_line(tmp_path, tiny_reward_model, monkeypatch, capsys):
     np.testing.assert_allclose(scores, rewards, atol=1e-5)
     monkeypatch.setenv("COLUMNS", "80")
     shown = run()
+    board = json.loads((tmp_path / "out.leaderboard.json").read_text())
+    assert board["model_type"] == "Seq. Classifier" and set(board) - {"model", "model_type", "chat_template"} == {
+        row["subset"] for row in SMALL
+    }
     assert "Overall" in shown and "1 of 984" not in shown and "1 of 447" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
@@ -284,12 +314,12 @@ def shown(result) -> list[str]:
 def test_people_see_sections_then_overall_then_subsets(tmp_path):
     result, _ = evaluated(SMALL, tmp_path)
     lines = shown(result)
-    begins = ["Chat 3 35.7", "Chat Hard 1 100.0", "Safety 1 0.0", "Reasoning 2 85.7", "Overall, mean of the four 55.4"]
-    begins += ["All pairs 7 42.9", "", "alpacaeval-easy 2 of 100 50.0", "mt-bench-med 1 of 40 0.0"]
+    begins = ["Chat 3 35.7", "Chat Hard 1 100.0", "Safety 1 0.0", "Reasoning 2 85.7", "Overall 55.4"]
+    begins += ["All rows 7 42.9", "", "alpacaeval-easy 2 of 100 50.0", "mt-bench-med 1 of 40 0.0"]
     assert [line[: len(begin)] for line, begin in zip(lines[3:], begins, strict=False)] == begins
     assert "23 of 23 subsets differ from the published set; absent: alpacaeval-length," in " ".join(lines)
     lines = shown(evaluated(SMALL[3:], tmp_path)[0])
-    assert lines[3] == "Chat 0 none" and "Overall, mean of the four none" in lines
+    assert lines[3] == "Chat 0 none" and "Overall none" in lines
 
 
 @pytest.mark.slow

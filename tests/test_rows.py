@@ -186,10 +186,16 @@ def test_a_file_that_is_not_whole_is_no_bad_row(tmp_path):
     assert "does not exist" in refused(tmp_path / "none.jsonl", on_bad_row="skip")
 
 
-def test_a_json_list_is_refused_with_the_mend(tmp_path):
+def test_a_json_file_may_be_one_list(tmp_path):
     for text in (json.dumps(ROWS), json.dumps(ROWS, indent=1)):
         (tmp_path / "pairs.json").write_text(text)
-        assert "jq -c '.[]' makes lines of a list" in refused(tmp_path / "pairs.json")
+        assert load_pairs(tmp_path / "pairs.json") == load_pairs(ROWS)
+        (tmp_path / "pairs.jsonl").write_text(text)  # which is to hold a row a line
+        assert "jq -c '.[]' makes lines of a list" in refused(tmp_path / "pairs.jsonl")
+    (tmp_path / "pairs.json").write_text(json.dumps([*ROWS, 7]))
+    assert refused(tmp_path / "pairs.json").endswith(f"item {len(ROWS) + 1}: must be a JSON object, is int")
+    (tmp_path / "pairs.json").write_text(json.dumps(ROWS)[:-5])
+    assert "pairs.json: begins as a list, but is not valid JSON" in refused(tmp_path / "pairs.json")
 
 
 def test_a_stream_is_read_row_by_row():

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import Pair
 from adaptrm.hf import save_weights
 from adaptrm.hf.load import abstract_model
-from adaptrm.models import CausalLM, ModelConfig, RopeScaling
+from adaptrm.models import CausalLM, ModelConfig, RopeScaling, SequenceClassifier
 from adaptrm.rules import RulePool
 from adaptrm.rules.pool import Rule
+from adaptrm.train.save import save_model
 
 VOCAB = 448
 # Ids 0, 1, 2; the first is in no template, so it can serve as pad.
@@ -140,6 +142,15 @@ def tiny_causal_lm(folder: str | Path, seed: int = 0, dtype: str = "float32", **
     }
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     return folder
+
+
+def tiny_reward_model(folder: str | Path, seed: int = 0) -> Path:
+    """Write a whole Hugging Face folder: a random ``LlamaForSequenceClassification`` with one label."""
+    tiny_tokenizer(folder)
+    _, state = random_state(SequenceClassifier, tiny_config(), seed, num_labels=1)
+    raw = tiny_config().to_hf() | {"architectures": ["LlamaForSequenceClassification"]}
+    save_model(folder, state, raw, ChatTokenizer.from_folder(folder), (SPECIAL[0], 0))
+    return Path(folder)
 
 
 def tiny_pool(rules: int = 6) -> RulePool:

@@ -41,10 +41,10 @@ def pair_tree(chat: ChatTokenizer, pair: Pair | ResponseSet, pad_id: int | None)
         return conversation_tree(chat, [continued(pair.prompt, one) for one in pair.responses], pad_id)
 
 
-def pair_length(chat: ChatTokenizer, pair: Pair) -> int:
-    """Tokens of the longer of a pair's two conversations."""
+def pair_length(chat: ChatTokenizer, pair: Pair | ResponseSet) -> int:
+    """Tokens of the longest conversation of a pair, or of a set."""
     with naming(pair):
-        return max(len(chat.encode_chat(pair.conversation(side))) for side in ("a", "b"))
+        return max(len(chat.encode_chat(continued(pair.prompt, one))) for one in pair.responses)
 
 
 @contextmanager

@@ -42,6 +42,11 @@ class Pair:
     def responses(self) -> tuple[str, ...]:
         return self.response_a, self.response_b
 
+    def as_set(self) -> "ResponseSet":
+        """The two responses as a set."""
+        grades = tuple(float(self.preferred == side) for side in "ab")
+        return ResponseSet(self.id, self.prompt, self.responses, grades, self.subset)
+
     def with_texts(self, prompt: tuple[Mapping[str, str], ...], responses: tuple[str, ...]) -> "Pair":
         """The same pair of other texts."""
         return replace(self, prompt=prompt, response_a=responses[0], response_b=responses[1])
@@ -53,12 +58,14 @@ class ResponseSet:
 
     Attributes:
         grades: of each response; higher is better, all equal where nobody said which.
+        subset: a name to report results by.
     """
 
     id: str
     prompt: tuple[Mapping[str, str], ...]
     responses: tuple[str, ...]
     grades: tuple[float, ...]
+    subset: str | None = None
 
     def with_texts(self, prompt: tuple[Mapping[str, str], ...], responses: tuple[str, ...]) -> "ResponseSet":
         """The same set of other texts."""
@@ -83,32 +90,34 @@ def load_pairs(source: Source, on_bad_row: OnBadRow = "fail") -> list[Pair]:
     return list(read_pairs(source, BadRows(on_bad_row)))
 
 
-def read_pairs(
-    source: Source,
-    bad: BadRows | None = None,
-    adapt: Callable[[Pair, str], Pair] | None = None,
-    ids_checked: bool = False,
-) -> Iterator[Pair]:
+def read_pairs(source: Source, bad: BadRows | None = None, ids_checked: bool = False) -> Iterator[Pair]:
     """Stream pairs; of each only a hash of its id stays in memory.
 
     A row of another form than the rows before it is a bad row, and so is one whose id has come before.
 
     Args:
         bad: what becomes of bad rows; None raises.
-        adapt: each pair and where it stands to the pair that is used; may raise InputError.
         ids_checked: someone has looked for repeated ids before: nothing stays in memory, what is repeated comes again.
     """
-
-    def of_row(row: Row, at: str) -> list[Pair]:
-        pairs = list(pairs_of_row(row, at))
-        return [adapt(pair, at) for pair in pairs] if adapt else pairs
-
-    yield from _read(source, bad or BadRows(), of_row, ids_checked)
+    yield from _read(source, bad or BadRows(), lambda row, at: list(pairs_of_row(row, at)), ids_checked)
 
 
-def read_sets(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSet]:
-    """Stream rows as sets of responses: all of a best-of-n row, the two of any other; as ``read_pairs``."""
-    yield from _read(source, bad or BadRows(), lambda row, at: [set_of_row(row, at)])
+def read_sets(
+    source: Source,
+    bad: BadRows | None = None,
+    adapt: Callable[[ResponseSet, Row, str], ResponseSet] | None = None,
+) -> Iterator[ResponseSet]:
+    """Stream rows as sets of responses: all of a best-of-n row, the two of any other; as ``read_pairs``.
+
+    Args:
+        adapt: each set, its row and where that stands to the set that is used; may raise InputError.
+    """
+
+    def of_row(row: Row, at: str) -> list[ResponseSet]:
+        one = set_of_row(row, at)
+        return [adapt(one, row, at) if adapt else one]
+
+    yield from _read(source, bad or BadRows(), of_row)
 
 
 def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list], ids_checked: bool = False) -> Iterator:
@@ -144,9 +153,7 @@ def pairs_of_row(row: Row, where: str) -> Iterator[Pair]:
     Raises:
         InputError: a column is missing, empty or of the wrong kind.
     """
-    form, row_id = form_of(row, where), _row_id(row, where)
-    subset = row.get("subset")
-    subset = None if subset is None else _whole(str(subset), "subset", where)
+    form, row_id, subset = form_of(row, where), _row_id(row, where), _subset(row, where)
     for suffix, prompt, a, b, preferred in FORMS[form](row, where):
         yield Pair(row_id + suffix, prompt, a, b, preferred, subset, margin_of(row))
 
@@ -160,9 +167,14 @@ def set_of_row(row: Row, where: str) -> ResponseSet:
     if names := LISTS.get(form_of(row, where)):
         prompt, chosen, rejected = _sides(row, where, names)
         grades = (1.0,) * len(chosen) + (0.0,) * len(rejected)
-        return ResponseSet(_row_id(row, where), prompt, (*chosen, *rejected), grades)
+        return ResponseSet(_row_id(row, where), prompt, (*chosen, *rejected), grades, _subset(row, where))
     (pair,) = pairs_of_row(row, where)
-    return ResponseSet(pair.id, pair.prompt, pair.responses, tuple(float(pair.preferred == side) for side in "ab"))
+    return pair.as_set()
+
+
+def _subset(row: Row, where: str) -> str | None:
+    subset = row.get("subset")
+    return None if subset is None else _whole(str(subset), "subset", where)
 
 
 def _row_id(row: Row, where: str) -> str:

@@ -78,7 +78,7 @@ def canonical(row: Row) -> bytes:
 
 
 def read_rows(path: str | os.PathLike, bad: BadRows | None = None) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL(.gz) or Parquet file, each with where it stands.
+    """The rows of a JSONL(.gz) or Parquet file, each with where it stands; a .json file may be one list, read whole.
 
     Raises:
         InputError: the file is absent or not whole, or ``bad`` (by default always) says so of a row.
@@ -104,6 +104,9 @@ def read_rows(path: str | os.PathLike, bad: BadRows | None = None) -> Iterator[t
             for number, line in enumerate(stream, 1):
                 if not line.strip():
                     continue
+                if number == 1 and str(path).endswith(".json") and line.lstrip()[:1] == b"[":
+                    yield from _items(path, line + stream.read(), bad)
+                    return
                 row, fault = _parse(line)
                 if fault:
                     bad(InputError(f"{path}: line {number}: {fault}"))
@@ -111,6 +114,19 @@ def read_rows(path: str | os.PathLike, bad: BadRows | None = None) -> Iterator[t
                     yield f"line {number}", row
         except (EOFError, OSError, zlib.error) as wrong:
             raise InputError(f"{path}: not a whole gzip file: {wrong}") from None
+
+
+def _items(path: str | os.PathLike, text: bytes, bad: BadRows) -> Iterator[tuple[str, Row]]:
+    """The objects of a JSON list."""
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as wrong:
+        raise InputError(f"{path}: begins as a list, but is not valid JSON: {wrong}") from None
+    for number, item in enumerate(items, 1):
+        if isinstance(item, dict):
+            yield f"item {number}", item
+        else:
+            bad(InputError(f"{path}: item {number}: must be a JSON object, is {type(item).__name__}"))
 
 
 def _parse(line: bytes) -> tuple[Any, str | None]:

@@ -14,7 +14,7 @@ from adaptrm import paths
 from adaptrm.config import TrainOptions, load_options
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.labels import read_labels
-from adaptrm.data.preferences import read_pairs
+from adaptrm.data.rows import BadRows
 from adaptrm.data.scores import read_parts
 from adaptrm.demo.adapter import ask_few
 from adaptrm.demo.figures import FULL_SEEDS, TRAINED, summary, table_of
@@ -23,7 +23,7 @@ from adaptrm.demo.rows import write_pairs, write_rows
 from adaptrm.demo.tokenizer import make_tokenizer
 from adaptrm.demo.world import WORLDS, World, demo_pool, make_pairs, rule_labels
 from adaptrm.errors import InputError
-from adaptrm.evaluate import evaluate_pairs
+from adaptrm.evaluate import SUITES, evaluate
 from adaptrm.evidence.job import EvidenceOptions
 from adaptrm.export import export_run
 from adaptrm.judge.prompts import JudgePrompt
@@ -183,8 +183,9 @@ def judge_accuracy(scores: str | os.PathLike, world: World) -> float:
 
 def _reward_model(run: Path, options: TrainOptions, held_out: Path) -> dict[str, Any]:
     train("reward", options, run)
-    scorer = RewardModel.from_pretrained(run).score_pairs
-    result = evaluate_pairs(scorer, read_pairs(held_out), run / "held-out.json", model=str(run), dtype="float32")
+    scorer, suite = RewardModel.from_pretrained(run).score_sets, SUITES["pairs"]
+    named = {"name": "pairs", "model": str(run), "dtype": "float32"}
+    result = evaluate(scorer, suite, suite.read(held_out, BadRows()), run / "held-out.json", **named)
     return {"accuracy": result["accuracy"], "ci95": result["ci95"], "right": _right(run / "held-out.rows.parquet")}
 
 

@@ -1,15 +1,16 @@
 """RewardBench v1 (arXiv 2403.13787): 23 subsets in four sections; a section weighs its subsets by published size."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from itertools import chain
 
 import numpy as np
 
-from adaptrm.data.preferences import Pair, read_pairs
-from adaptrm.data.rows import BadRows, Source
+from adaptrm.data.preferences import ResponseSet, read_sets
+from adaptrm.data.rows import BadRows, Row, Source
 from adaptrm.errors import InputError
-from adaptrm.evaluate.preference import Count, interval, resampled
+from adaptrm.evaluate.suite import ALL, Earned, Means, Suite
+from adaptrm.evaluate.suite import Row as ScoredRow
 
 # The weight of each subset in its section.
 SECTIONS: dict[str, dict[str, int]] = {
@@ -45,13 +46,18 @@ SECTIONS: dict[str, dict[str, int]] = {
         "hep-rust": 164,
     },
 }
+# The fifth section, of sets that were there before the benchmark; it is optional, and counts half.
+PRIOR = "Prior Sets"
+PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
+ALL_SECTIONS = SECTIONS | {PRIOR: dict.fromkeys(PRIOR_SETS, 1)}
 WEIGHTS = {subset: weight for subsets in SECTIONS.values() for subset, weight in subsets.items()}
 # The published number of pairs is the weight, but for math-prm: its 447 count as much as the 984 of code.
 PUBLISHED = WEIGHTS | {"math-prm": 447}
 HUB_NAME, SPLIT = "allenai/reward-bench", "filtered"  # the other split, raw, is not the benchmark
+PRIOR_HUB_NAME = "allenai/pref-test-sets"
 
 
-def read_rewardbench(source: Source, bad: BadRows | None = None) -> Iterator[Pair]:
+def read_rewardbench(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSet]:
     """Stream the pairs of RewardBench, or of a part of it.
 
     Args:
@@ -63,50 +69,57 @@ def read_rewardbench(source: Source, bad: BadRows | None = None) -> Iterator[Pai
     """
     if source == HUB_NAME:
         source = f"{HUB_NAME}:{SPLIT}"
-    return read_pairs(source, bad, _of_benchmark)
+    return read_sets(source, bad, _of_benchmark)
 
 
-def _of_benchmark(pair: Pair, where: str) -> Pair:
+def read_prior_sets(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSet]:
+    """Stream the prior sets: ``allenai/pref-test-sets``, where each is a split, or rows that name their subset."""
+    if source != PRIOR_HUB_NAME:
+        return read_rewardbench(source, bad)
+
+    def of_split(split: str) -> Iterator[ResponseSet]:
+        named = lambda one, row, where: replace(one, subset=split, id=f"{split}/{one.id}")  # noqa: E731
+        return read_sets(f"{PRIOR_HUB_NAME}:{split}", bad, named)
+
+    return chain.from_iterable(map(of_split, PRIOR_SETS))
+
+
+def _of_benchmark(one: ResponseSet, row: Row, where: str) -> ResponseSet:
     """A pair of a known subset; its bare number (the benchmark's own ids) may come again in another subset."""
-    _check_subset(pair.subset, where)
-    return replace(pair, id=f"{pair.subset}/{pair.id}") if pair.id.isdecimal() else pair
+    known = (*WEIGHTS, *PRIOR_SETS)
+    if one.subset not in known:
+        what = "has no subset" if one.subset is None else f"{one.subset!r} is no subset of RewardBench"
+        raise InputError(f"{where}: {what}; the subsets are {', '.join(known)}")
+    return replace(one, id=f"{one.subset}/{one.id}") if one.id.isdecimal() else one
 
 
-def _check_subset(subset: str | None, where: str) -> None:
-    if subset not in WEIGHTS:
-        what = "has no subset" if subset is None else f"{subset!r} is no subset of RewardBench"
-        raise InputError(f"{where}: {what}; the subsets are {', '.join(WEIGHTS)}")
+def earn_pairs(row: ScoredRow) -> Iterable[Earned]:
+    """The chosen response has to score strictly higher: a tie is wrong."""
+    (right,) = row.wins()[:, :1, 0].T
+    return (ALL, right), (row.subset, right)
 
 
-def section_scores(of_subsets: Mapping[str, Count]) -> dict[str, Any]:
-    """What RewardBench adds to a result, from the counts of its subsets.
+def section_scores(means: Means) -> dict[str, np.ndarray]:
+    """The mean of the accuracies of a section's subsets that are present, weighted by published size.
 
-    A section is the mean of the accuracies of its subsets that are present, weighted by published size; overall is
-    the plain mean of the four sections, and None where one has no subset: a mean of three is another number. The
-    intervals resample each subset by itself, pairs as independent of each other.
-
-    Raises:
-        InputError: a subset is none of RewardBench, so it would count in no section.
+    Of the prior sets the plain mean, as on the leaderboard.
     """
-    for subset in of_subsets:
-        _check_subset(subset, "pairs")
-    draws, sections = {}, {}
-    for section, weights in SECTIONS.items():
-        if present := [subset for subset in weights if subset in of_subsets]:
+    found = {}
+    for section, weights in ALL_SECTIONS.items():
+        if present := [subset for subset in weights if subset in means]:
             share = [weights[subset] for subset in present]
-            sections[section] = float(np.average([of_subsets[subset].accuracy for subset in present], weights=share))
-            # A stream of its own for every subset, whatever others there are.
-            resamples = [resampled(of_subsets[subset], seed=1 + list(WEIGHTS).index(subset)) for subset in present]
-            draws[section] = np.average(resamples, axis=0, weights=share)
-    missing = [section for section in SECTIONS if section not in sections]
-    found = {subset: of_subsets[subset].n if subset in of_subsets else 0 for subset in PUBLISHED}
-    incomplete = {subset: {"n": found[subset], "published": n} for subset, n in PUBLISHED.items() if found[subset] != n}
-    return {
-        "overall": None if missing else float(np.mean(list(sections.values()))),
-        "overall_ci95": None if missing else interval(np.mean(list(draws.values()), axis=0)),
-        "sections": sections,
-        "sections_ci95": {section: interval(draw) for section, draw in draws.items()},
-        "missing_sections": missing,
-        "complete": not incomplete,
-        "incomplete": incomplete,
-    }
+            found[section] = np.average([means[subset] for subset in present], axis=0, weights=share)
+    return found
+
+
+REWARDBENCH = Suite(
+    read=read_rewardbench,
+    earn=lambda: earn_pairs,
+    sections=section_scores,
+    members={section: list(weights) for section, weights in ALL_SECTIONS.items()},
+    overall=dict.fromkeys(SECTIONS, 1.0) | {PRIOR: 0.5},
+    optional=(PRIOR,),
+    published=PUBLISHED,
+    pairwise=True,
+    leaderboard="subsets",
+)

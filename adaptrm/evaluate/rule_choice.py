@@ -15,11 +15,12 @@ from adaptrm.data.preferences import Pair
 from adaptrm.data.scored_pairs import pairs_of, read_scored
 from adaptrm.data.scores import Batch, judged, read_batches, read_manifest
 from adaptrm.errors import InputError
-from adaptrm.evaluate.preference import RESAMPLES, interval
+from adaptrm.evaluate.cells import interval
 from adaptrm.selection import select
 
 ORACLE, ADAPTER, RANDOM, CONSTANT, ALL = "oracle", "adapter", "random", "constant", "all"
 CHOICES = (ORACLE, ADAPTER, CONSTANT, RANDOM, ALL)
+RESAMPLES = 10_000
 
 
 class Chooser(Protocol):

@@ -4,42 +4,56 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptrm.errors import printable
-from adaptrm.evaluate.rewardbench import SECTIONS
+from adaptrm.evaluate.rewardbench import ALL_SECTIONS as OF_REWARDBENCH
+from adaptrm.evaluate.suites import SUITES
 
 
 def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured and, under ``table``, the accuracies in per cent: sections, overall, subsets."""
+    """What was measured and, under ``table``, accuracies in per cent: sections, overall, subsets, trivial scorers."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(caption_justify="left")
-    for name in ("", "pairs", "accuracy %", "95 % interval"):
+    for name in ("", "rows", "accuracy %", "95 % interval"):
         table.add_column(name, justify="right" if name else "left")
-    sections = SECTIONS if result["suite"] == "rewardbench" else {}
-    for section in sections:
-        if section in result["sections"]:
-            n = sum(result["subsets"][subset]["n"] for subset in sections[section] if subset in result["subsets"])
-            table.add_row(section, str(n), *_per_cent(result["sections"][section], result["sections_ci95"][section]))
-        else:
-            table.add_row(section, "0", "none", "")
-    if sections:
-        table.add_row("Overall, mean of the four", "", *_per_cent(result["overall"], result["overall_ci95"]))
-    table.add_row("All pairs", str(result["n"]), *_per_cent(result["accuracy"], result["ci95"]), end_section=True)
-    order = [subset for section in sections.values() for subset in section] or result["subsets"]
-    for subset in order:
-        if found := result["subsets"].get(subset):
-            short = result.get("incomplete", {}).get(subset)
-            n = f"{found['n']} of {short['published']}" if short else str(found["n"])
-            name = Text(printable(subset))  # a name from the user's file is no markup
-            table.add_row(name, n, *_per_cent(found["accuracy"], found["ci95"]))
+    suite, sections, subsets = SUITES[result["suite"]], result["sections"], result["subsets"]
+    of_sections = OF_REWARDBENCH if result["suite"] == "rewardbench" else {}
+    known = [section for section in suite.overall if section in sections or section not in suite.optional]
+    for section in dict.fromkeys([*known, *sections]):
+        n = sum(subsets[subset]["n"] for subset in of_sections.get(section, {}) if subset in subsets)
+        figures = _per_cent(sections.get(section), result["sections_ci95"].get(section))
+        table.add_row(section, str(n) if of_sections else "", *figures)
+    if suite.overall:
+        of = ", ".join(f"{s} half" for s in suite.optional if s in sections)
+        table.add_row(
+            f"Overall{' (' + of + ')' if of else ''}", "", *_per_cent(result["overall"], result["overall_ci95"])
+        )
+    table.add_row("All rows", str(result["n"]), *_per_cent(result["accuracy"], result["ci95"]), end_section=True)
+    order = [subset for subset in suite.published if subset in subsets]
+    for subset in [*order, *(subset for subset in subsets if subset not in order)]:
+        short = result.get("incomplete", {}).get(subset)
+        n = f"{subsets[subset]['n']} of {short['published']}" if short else str(subsets[subset]["n"])
+        name = Text(printable(subset))  # a name from the user's file is no markup
+        table.add_row(name, n, *_per_cent(subsets[subset]["accuracy"], subsets[subset]["ci95"]))
+    table.add_section()
+    for name, one in result["baselines"].items():
+        low, high = (100 * end for end in one["ci95"])
+        less = f"{100 * one['model_less_this']:+.1f} ({low:+.1f} to {high:+.1f})"
+        table.add_row(f"scorer: {printable(name)}", "model less it", f"{100 * one['accuracy']:.1f}", less)
     if short := result.get("incomplete"):
         absent = [subset for subset, count in short.items() if not count["n"]]
         table.caption = (
-            f"Not the benchmark's own figures: {len(short)} of {len(order)} subsets differ from the published set"
-            + (f"; absent: {', '.join(absent)}." if absent else ".")
+            f"Not the benchmark's own figures: {len(short)} of {len(suite.published)} subsets differ from the "
+            "published set" + (f"; absent: {', '.join(absent)}." if absent else ".")
         )
     plain = {name: value for name, value in result.items() if isinstance(value, str | int)}
-    plain["pairs_without_preference"] = plain.pop("skipped")  # beside skipped_rows, which are no pairs
+    plain["rows_without_preference"] = plain.pop("skipped")  # beside skipped_rows, which are no pairs
+    margins, by_length = result["margins"], result["length_bias"]
+    plain["margin"] = f"{margins['mean']:.3g} on average, standard deviation {margins['standard_deviation']:.3g}"
+    plain["calibration_error"] = f"{result['calibration']['error']:.3f}"
+    for name in ("chosen_longer", "chosen_shorter"):
+        of = by_length[name]
+        plain[name] = "none" if of["accuracy"] is None else f"{100 * of['accuracy']:.1f} % of {of['n']:.4g}"
     return plain | {"table": table}
 
 

@@ -1,0 +1,45 @@
+"""The verbs that hand models over: parse, call, print, as ``cli.py`` does."""
+
+from typing import Annotated
+
+import typer
+
+from adaptrm.options import Dtype, Json
+from adaptrm.results import show
+
+model_app = typer.Typer()
+
+
+@model_app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder of train, or one checkpoint of it: RUN/checkpoints/STEP.")],
+    out: Annotated[str, typer.Argument(help="Hugging Face folder to write.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read it back and compare what it computes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's latest checkpoint as a Hugging Face folder."""
+    from adaptrm.parallel.distributed import start_processes
+
+    start_processes()
+    from adaptrm.export import export_run
+
+    verified = export_run(run, out, verify)
+    show({"export": out} | ({"verified_by": verified} if verify else {}), as_json)
+
+
+@model_app.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(help="A B ...: folders, hub names, runs, or RUN/checkpoints/STEP.")],
+    out: Annotated[str, typer.Option(help="Hugging Face folder to write.")],
+    weights: Annotated[
+        str | None, typer.Option(help="One a model, to sum to 1: .7,.3; below 0 extrapolates. [equal]")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights. [that of the first model]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Average the weights of models that were trained from one start, or of one and its start."""
+    from adaptrm.merge import merge as run
+    from adaptrm.merge import read_weights
+
+    given = None if weights is None else read_weights(weights)
+    show(run(models, out, given, dtype and dtype.value), as_json)

@@ -1,0 +1,179 @@
+"""``adaptrm compare``: paired differences of two models, by sums worked by hand and by other code."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import in_process
+from rich.console import Console
+
+from adaptrm.data.preferences import ResponseSet
+from adaptrm.data.rows import BadRows
+from adaptrm.errors import InputError
+from adaptrm.evaluate import SUITES, evaluate
+from adaptrm.evaluate.compare import Discordant, compare, for_people
+
+
+def results(folder, rights: dict[str, np.ndarray], prompts, subsets, suite="pairs", dtype="float32") -> list[str]:
+    """Results of models that are right where ``rights`` says so."""
+    files = []
+    for name, right in rights.items():
+        sets = [
+            ResponseSet(f"p{i}", ({"role": "user", "content": f"{prompt}?"},), ("good", "bad one"), (1.0, 0.0), subset)
+            for i, (prompt, subset) in enumerate(zip(prompts, subsets, strict=True))
+        ]
+        rewards = iter(np.where(right, 1.0, -1.0).tolist())
+        scorer = lambda some, rewards=rewards: [np.array([next(rewards), 0.0]) for _ in some]  # noqa: E731
+        file = folder / f"{name}.json"
+        evaluate(scorer, SUITES[suite], sets, file, name=suite, model=name, dtype=dtype)
+        files.append(str(file))
+    return files
+
+
+def test_differences_of_a_case_worked_by_hand(tmp_path):
+    rights = {"first": np.array([1, 1, 0, 0, 1, 0]), "this": np.array([1, 0, 1, 1, 1, 0])}
+    files = results(tmp_path, rights, range(6), ["x"] * 4 + ["y"] * 2)
+    found = compare(files)
+    (difference,) = found["differences"]
+    assert (difference["model"], difference["less"]) == ("this", "first")
+    every = difference["subsets"]["All rows"]
+    assert (every["first"], every["this"]) == (0.5, pytest.approx(4 / 6))
+    assert every["difference"] == pytest.approx(1 / 6)
+    low, high = every["ci95"]
+    assert low < 1 / 6 < high
+    assert (every["this_alone"], every["first_alone"]) == (2, 1)
+    assert every["p"] == 1  # two of three coins: 2 (1 + 3) / 8
+    assert difference["subsets"]["y"] | {"p": 0} == {
+        "first": 0.5,
+        "this": 0.5,
+        "difference": 0,
+        "ci95": [0, 0],
+        "this_alone": 0,
+        "first_alone": 0,
+        "p": 0,
+    }
+    assert [one["model"] for one in found["models"]] == ["first", "this"]
+    assert found["baselines"]["shorter"]["accuracy"] == 1
+
+
+def test_mcnemar_equals_the_binomial_test_and_the_chi_squared_one():
+    stats = pytest.importorskip("scipy.stats")
+    for this, first in ((7, 2), (0, 5), (30, 30), (900, 700)):
+        one = Discordant()
+        for number in range(this + first):
+            one.add("x", number, 1.0 if number < this else -1.0)
+        found = one.test(["x"])
+        assert (found["this_alone"], found["first_alone"]) == (this, first)
+        assert found["p"] == pytest.approx(stats.binomtest(this, this + first).pvalue, rel=1e-9)
+    one = Discordant()
+    for number in range(3000):
+        one.add("x", number, 1.0 if number < 1600 else -1.0)
+    assert one.test(["x"])["p"] == pytest.approx(stats.chi2.sf(200**2 / 3000, 1), rel=1e-9)
+    assert Discordant().test(["x"]) == {"this_alone": 0, "first_alone": 0, "p": 1}
+    assert one.test([]) == {}
+
+
+def test_pairs_of_one_prompt_count_as_one():
+    """Durkalski et al. 2003: by prompts' sums; ten pairs a prompt that go together tell as much as one."""
+    stats = pytest.importorskip("scipy.stats")
+    one = Discordant()
+    for prompt in range(20):
+        for _ in range(10):
+            one.add("x", prompt, 1.0 if prompt < 14 else -1.0)
+    found = one.test(["x"])
+    assert (found["this_alone"], found["first_alone"]) == (140, 60)
+    assert found["p"] == pytest.approx(stats.chi2.sf((14 - 6) ** 2 / 20, 1))
+    # Cells of one section whose rows share a prompt are one cluster too.
+    both = Discordant()
+    for prompt in range(20):
+        for cell in ("x", "y"):
+            both.add(cell, prompt, 1.0 if prompt < 14 else -1.0)
+    assert both.test(["x", "y"])["p"] == pytest.approx(found["p"])
+
+
+def test_intervals_are_paired_and_cover_what_they_should(tmp_path):
+    """Two models that are right on nearly the same rows differ by little, whatever each one's own interval is."""
+    rng = np.random.default_rng(0)
+    first = rng.random(400) < 0.7
+    this = np.where(rng.random(400) < 0.05, ~first, first)
+    files = results(tmp_path, {"first": first, "this": this}, range(400), ["x"] * 400)
+    one = compare(files)["differences"][0]["subsets"]["All rows"]
+    own = json.loads((tmp_path / "first.json").read_text())["ci95"]
+    low, high = one["ci95"]
+    d = this.astype(float) - first
+    assert (high - low) / (2 * 1.96) == pytest.approx(d.std() / 20, rel=0.1)
+    assert high - low < 0.6 * (own[1] - own[0])
+
+
+def test_a_model_against_itself_and_several_models(tmp_path):
+    right = np.arange(10) % 3 > 0
+    files = results(tmp_path, {"a": right, "b": right, "c": ~right}, [i // 2 for i in range(10)], ["x"] * 10)
+    found = compare(files)
+    assert [one["model"] for one in found["differences"]] == ["b", "c"]
+    same = found["differences"][0]["subsets"]["All rows"]
+    assert (same["difference"], same["ci95"], same["p"]) == (0, [0, 0], 1)
+    there, back = compare(files[::2]), compare(files[::-2])
+    there, back = (one["differences"][0]["subsets"]["All rows"] for one in (there, back))
+    assert there["difference"] == -back["difference"] and there["p"] == back["p"]
+    assert there["ci95"] == pytest.approx([-end for end in back["ci95"][::-1]])
+
+
+def test_sections_weigh_subsets_as_the_benchmark_does(tmp_path):
+    subsets = ["refusals-dangerous"] * 2 + ["xstest-should-respond"] * 4
+    rights = {"first": np.array([1, 0, 0, 0, 0, 0]), "this": np.array([1, 1, 1, 0, 0, 0])}
+    files = results(tmp_path, rights, range(6), subsets, "rewardbench")
+    (difference,) = compare(files)["differences"]
+    safety = difference["sections"]["Safety"]
+    assert safety["first"] == pytest.approx(0.5 * 100 / 350)
+    assert safety["this"] == pytest.approx((100 + 0.25 * 250) / 350)
+    assert (safety["this_alone"], safety["first_alone"], safety["p"]) == (2, 0, 0.5)
+    assert difference["overall"] == {}
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    right = np.ones(4, bool)
+    (tmp_path / "other").mkdir()
+    (a,) = results(tmp_path, {"a": right}, range(4), ["x"] * 4)
+    (longer,) = results(tmp_path / "other", {"longer": np.ones(5, bool)}, range(5), ["x"] * 5)
+    (other,) = results(tmp_path / "other", {"other": right}, range(1, 5), ["x"] * 4)
+    (suite,) = results(tmp_path / "other", {"suite": right}, range(4), ["x"] * 4, "best-of-n")
+    for files, message in (
+        ([a], "compare needs two results or more"),
+        ([a, longer], "longer.rows.parquet: has further rows, from 'p4' on; evaluate all models on the same data"),
+        ([longer, a], "a.rows.parquet: ends before row 5 of .*longer.rows.parquet \\('p4'\\)"),
+        ([a, other], "other.rows.parquet: row 1 \\('p0'\\) is not row 1 of .*a.rows.parquet \\('p0'\\)"),
+        ([a, suite], "are of different suites: best-of-n, pairs"),
+        ([a, tmp_path / "none.json"], "none.json.*does not exist"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare(files)
+    (tmp_path / "x.json").write_text('{"suite": "pairs"}')
+    with pytest.raises(InputError, match=r"x.json: is no result of adaptrm evaluate \(it has no model\)"):
+        compare([a, tmp_path / "x.json"])
+    (tmp_path / "x.json").write_text("[")
+    with pytest.raises(InputError, match=r"x\.json: not valid JSON"):
+        compare([a, tmp_path / "x.json"])
+
+
+def test_by_the_command_line(tmp_path, monkeypatch, capsys):
+    rights = {"first": np.array([1, 1, 0, 0]), "[red]this": np.array([1, 1, 1, 1])}
+    files = results(tmp_path, rights, range(4), ["x"] * 4)
+    code, out, _ = in_process(monkeypatch, capsys, "compare", *files, "--out", tmp_path / "c.json", "--json")
+    assert code == 0 and json.loads(out) == json.loads((tmp_path / "c.json").read_text())
+    console = Console(width=120)
+    with console.capture() as text:
+        console.print(for_people(json.loads(out))["table"])
+    shown = " ".join(text.get().split())
+    assert "[red]this less first" in shown and "+50.0" in shown and "scorer: shorter" in shown
+    code, _, err = in_process(monkeypatch, capsys, "compare", files[0])
+    assert code == 2 and err == "adaptrm: compare needs two results or more: A.json B.json\n"
+
+
+def test_a_row_a_line_from_files_as_they_are(tmp_path):
+    rows = [{"id": str(i), "prompt": f"{i}?", "chosen": "yes", "rejected": "no no"} for i in range(3)]
+    scorer = lambda some: [np.array([len(text) for text in one.responses], float) for one in some]  # noqa: E731
+    suite, named = SUITES["pairs"], {"name": "pairs", "dtype": "float32"}
+    files = [str(tmp_path / f"{name}.json") for name in "ab"]
+    for file in files:
+        evaluate(scorer, suite, suite.read(rows, BadRows()), file, model=file, **named)
+    assert compare(files)["differences"][0]["subsets"]["All rows"]["difference"] == 0
