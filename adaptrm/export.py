@@ -4,6 +4,7 @@ import importlib.util
 import os
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from adaptrm.models.heads import label_logits
 from adaptrm.parallel import make_mesh, read_leaves
 from adaptrm.parallel.distributed import wait_for_all
 from adaptrm.products import product
+from adaptrm.progress import say
 from adaptrm.train.save import save_model
 from adaptrm.train.start import open_run
 
@@ -34,15 +36,24 @@ PROBES = (
 TOLERANCE = 1e-4
 
 
-def export_run(run: str | os.PathLike, out: str | os.PathLike, check: bool = False) -> dict[str, float]:
+def export_run(
+    run: str | os.PathLike,
+    out: str | os.PathLike,
+    check: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> dict[str, float]:
     """Write the latest checkpoint of a run as a Hugging Face folder; with ``check`` read it back and compare.
 
     Several processes share the model; they need to see one folder, and process 0 writes it.
 
+    Args:
+        dtype: of the weights that are written. What is compared is computed in float32 from these very weights, so
+            that rounding them is no difference; how far it moves the checkpoint's own values is said.
+
     Returns:
-        Largest difference from what the checkpoint computes for some conversations (rewards of a reward model, logits
-        of an adapter, next-token log-probabilities of a judge), by reader: ``adaptrm``, and ``transformers`` where
-        torch is installed.
+        Largest difference from what the weights compute for some conversations (rewards of a reward model, logits of
+        an adapter, next-token log-probabilities of a judge), by reader: ``adaptrm``, and ``transformers`` where torch
+        is installed.
 
     Raises:
         InputError: not a run, no checkpoint, or the folder holds something else.
@@ -51,12 +62,17 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, check: bool = Fal
     start = open_run(run)
     mesh = make_mesh()
     definition, params = start.checkpoint(run, mesh)
+    pad_id = None if start.kind == "judge" else start.pad[1]
+    exact = probe(definition, params, start.chat, pad_id, mesh) if check and dtype != "float32" else None
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     save_model(out, params, start.raw, start.chat, start.pad, start.name, start.model.rule_ids)
     if not check:
         return {}
     wait_for_all()  # process 0 writes
-    pad_id = None if start.kind == "judge" else start.pad[1]
-    return verify(out, probe(definition, params, start.chat, pad_id, mesh))
+    expected = probe(definition, params, start.chat, pad_id, mesh)
+    if exact is not None:
+        say(f"{out}: rounding to {dtype} moves what the checkpoint computes by {_difference(expected, exact):.2e}")
+    return verify(out, expected)
 
 
 def verify(out: str | os.PathLike, expected: np.ndarray) -> dict[str, float]:
@@ -78,7 +94,7 @@ def verify(out: str | os.PathLike, expected: np.ndarray) -> dict[str, float]:
 
 
 def probe(definition, params, chat: ChatTokenizer, pad_id: int | None, mesh) -> np.ndarray:
-    """What a model computes for the probes: rewards or logits of rules, or next-token log-probabilities."""
+    """What a model computes in float32 for the probes: rewards or logits of rules, or next-token log-probabilities."""
 
     @jax.jit
     def program(params, tokens, positions, subtree_end, leaves):
@@ -86,7 +102,7 @@ def probe(definition, params, chat: ChatTokenizer, pad_id: int | None, mesh) -> 
         hidden = model.model.at_leaves(tokens, positions, subtree_end, leaves)
         if isinstance(model, SequenceClassifier):
             return label_logits(hidden, model.score.weight[...])
-        return jax.nn.log_softmax(product("bmd,vd->bmv", hidden, model.unembedding), axis=-1)
+        return jax.nn.log_softmax(product("bmd,vd->bmv", hidden, model.unembedding.astype(hidden.dtype)), axis=-1)
 
     trees = [conversation_tree(chat, [conversation], pad_id) for conversation in PROBES]
     by_tree = read_leaves(trees, mesh, partial(program, params))

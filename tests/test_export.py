@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from commands import adaptrm, pair_rows, write_rows
+from folders import hf_tensors, raw_tensors, write_folder
+from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_causal_lm, tiny_pairs, tiny_tokenizer
+from tiny import tiny_causal_lm, tiny_config, tiny_pairs, tiny_tokenizer
 
 from adaptrm.config import parse_options
 from adaptrm.data.chat import DATE, ChatTokenizer, choose_pad_token
@@ -167,6 +169,48 @@ def test_a_date_in_the_template_is_frozen(tmp_path):
     chat.save(tmp_path / "saved", "<|endoftext|>")
     saved = ChatTokenizer.from_folder(tmp_path / "saved").tokenizer
     assert DATE in saved.apply_chat_template(conversations()[0], tokenize=False)
+
+
+def test_bfloat16_weights_are_compared_by_what_they_compute_in_float32(run, tmp_path, capsys):
+    found = export_run(run, tmp_path / "out", check=True, dtype="bfloat16")
+    assert all(difference <= 1e-4 for difference in found.values())
+    assert "rounding to bfloat16 moves what the checkpoint computes by" in capsys.readouterr().err
+    exact = raw_tensors(run / "export")
+    rounded = {
+        name: ("BF16", shape, np.frombuffer(data, np.float32).astype(bfloat16).tobytes())
+        for name, (_, shape, data) in exact.items()
+    }
+    assert raw_tensors(tmp_path / "out") == rounded
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert "Weights: bfloat16" in (tmp_path / "out" / "README.md").read_text()
+    # What the rounding itself changes is more than the tolerance: it is not what is compared.
+    start, mesh = open_run(run), make_mesh()
+    expected = probe(*start.checkpoint(run, mesh), start.chat, start.pad[1], mesh)
+    with pytest.raises(RuntimeError, match="it computes something else"):
+        verify(tmp_path / "out", expected)
+
+
+def test_a_published_reward_model_goes_out_as_it_came_in(tmp_path):
+    """Skywork's Llama 3.1: bfloat16, a vocabulary of 128257 whose last token is the pad, which no mesh axis divides."""
+    tiny_tokenizer(tmp_path / "in")
+    file = tmp_path / "in" / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    vocabulary = spec["model"]["vocab"]
+    vocabulary |= {f"filler {number}": number for number in range(len(vocabulary), 128256)}
+    pad = spec["added_tokens"][0] | {"id": 128256, "content": "[PAD]"}
+    file.write_text(json.dumps(spec | {"added_tokens": [*spec["added_tokens"], pad]}))
+    config = tiny_config(vocab_size=128257, hidden_size=16)
+    fields = {"pad_token_id": 128256, "id2label": {"0": "LABEL_0"}, "architectures": ["LlamaForSequenceClassification"]}
+    write_folder(tmp_path / "in", config, hf_tensors(config, bfloat16, "score"), 3, **fields)
+    model = RewardModel.from_pretrained(tmp_path / "in", "bfloat16", make_mesh(1, 8, 1))
+    assert model.pad == ("[PAD]", 128256)
+    model.save_pretrained(tmp_path / "out")
+    assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "in")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["vocab_size"], written["pad_token_id"], written["torch_dtype"]) == (128257, 128256, "bfloat16")
+    again = RewardModel.from_pretrained(tmp_path / "out", "bfloat16")
+    assert again.pad == model.pad and again.chat.tokenizer.pad_token_id == 128256
+    np.testing.assert_allclose(again.score(conversations()[:2]), model.score(conversations()[:2]), atol=1e-2)
 
 
 def test_folders_that_are_no_reward_model_say_so(run, tmp_path):

@@ -51,12 +51,14 @@ def test_load_then_export_gives_the_same_tensors(tmp_path, family, dtype, shards
         assert x.dtype == y.dtype == np.dtype(dtype) and np.array_equal(np.asarray(x[...]), np.asarray(y[...])), path
 
 
-def test_a_classifier_goes_out_as_it_came_in(tmp_path, one_device):
-    config = tiny_config()
-    source = write_folder(tmp_path / "in", config, hf_tensors(config, bfloat16, "score", labels=7))
+@pytest.mark.parametrize("labels", [1, 7])
+@pytest.mark.parametrize("family", FAMILY_FIELDS)  # Qwen2.5 is a qwen2
+def test_a_classifier_goes_out_as_it_came_in(tmp_path, one_device, family, labels):
+    config = tiny_config(model_type=family, head_dim=16, **FAMILY_FIELDS[family])
+    source = write_folder(tmp_path / "in", config, hf_tensors(config, bfloat16, "score", labels=labels))
     folder = open_folder(source)
     assert folder.is_classifier
-    _, state, _ = load_weights(folder, SequenceClassifier, one_device, num_labels=7)
+    _, state, _ = load_weights(folder, SequenceClassifier, one_device, num_labels=labels)
     save_weights(state, tmp_path / "out")
     assert raw_tensors(tmp_path / "out") == raw_tensors(source)
 
@@ -113,6 +115,7 @@ def test_transformers_reads_an_exported_classifier_of_each_family(tmp_path, one_
     folder = open_folder(tmp_path / "in")
     _, state, _ = load_weights(folder, SequenceClassifier, one_device)
     save_weights(state, tmp_path / "out")
+    assert raw_tensors(tmp_path / "out") == raw_tensors(tmp_path / "in")  # as transformers named and wrote them
     raw = folder.raw | {"problem_type": "single_label_classification", "num_labels": 5}  # of what it was before
     write_json(tmp_path / "out" / "config.json", model_config(raw, 1, pad_token_id=0))
 

@@ -20,7 +20,7 @@ CARD = """---
 safety rules that tell the two responses apart.
 
 {origin}
-- Weights: {dtype}. Scores are meant in that precision; quantised or bfloat16 evaluation makes ties.
+- Weights: {dtype}. Compute scores in float32: quantised or bfloat16 evaluation makes ties.
 - Chat template: the one in this folder, with its date frozen. Score exactly what it renders.
 {pad}
 Limits: it reflects the judge, the rules and the pairs that it was trained with, and says nothing of texts unlike them.
