@@ -53,12 +53,14 @@ class ResponseSet:
 
     Attributes:
         grades: of each response; higher is better, all equal where nobody said which.
+        subset: a name to report results by.
     """
 
     id: str
     prompt: tuple[Mapping[str, str], ...]
     responses: tuple[str, ...]
     grades: tuple[float, ...]
+    subset: str | None = None
 
     def with_texts(self, prompt: tuple[Mapping[str, str], ...], responses: tuple[str, ...]) -> "ResponseSet":
         """The same set of other texts."""
@@ -106,9 +108,9 @@ def read_pairs(
     yield from _read(source, bad or BadRows(), of_row, ids_checked)
 
 
-def read_sets(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSet]:
+def read_sets(source: Source, bad: BadRows | None = None, ids_checked: bool = False) -> Iterator[ResponseSet]:
     """Stream rows as sets of responses: all of a best-of-n row, the two of any other; as ``read_pairs``."""
-    yield from _read(source, bad or BadRows(), lambda row, at: [set_of_row(row, at)])
+    yield from _read(source, bad or BadRows(), lambda row, at: [set_of_row(row, at)], ids_checked)
 
 
 def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list], ids_checked: bool = False) -> Iterator:
@@ -144,9 +146,7 @@ def pairs_of_row(row: Row, where: str) -> Iterator[Pair]:
     Raises:
         InputError: a column is missing, empty or of the wrong kind.
     """
-    form, row_id = form_of(row, where), _row_id(row, where)
-    subset = row.get("subset")
-    subset = None if subset is None else _whole(str(subset), "subset", where)
+    form, row_id, subset = form_of(row, where), _row_id(row, where), _subset_of(row, where)
     for suffix, prompt, a, b, preferred in FORMS[form](row, where):
         yield Pair(row_id + suffix, prompt, a, b, preferred, subset, margin_of(row))
 
@@ -160,9 +160,10 @@ def set_of_row(row: Row, where: str) -> ResponseSet:
     if names := LISTS.get(form_of(row, where)):
         prompt, chosen, rejected = _sides(row, where, names)
         grades = (1.0,) * len(chosen) + (0.0,) * len(rejected)
-        return ResponseSet(_row_id(row, where), prompt, (*chosen, *rejected), grades)
+        return ResponseSet(_row_id(row, where), prompt, (*chosen, *rejected), grades, _subset_of(row, where))
     (pair,) = pairs_of_row(row, where)
-    return ResponseSet(pair.id, pair.prompt, pair.responses, tuple(float(pair.preferred == side) for side in "ab"))
+    grades = tuple(float(pair.preferred == side) for side in "ab")
+    return ResponseSet(pair.id, pair.prompt, pair.responses, grades, pair.subset)
 
 
 def _row_id(row: Row, where: str) -> str:
@@ -170,6 +171,11 @@ def _row_id(row: Row, where: str) -> str:
     if row_id is None:
         row_id = hashlib.sha256(canonical(row)).hexdigest()[:16]
     return check_response(str(row_id), "id", where)
+
+
+def _subset_of(row: Row, where: str) -> str | None:
+    subset = row.get("subset")
+    return None if subset is None else _whole(str(subset), "subset", where)
 
 
 def margin_of(row: Row) -> float | None:
