@@ -85,6 +85,7 @@ class DataOptions:
     pairs_per_step: PositiveInt | None = None  # with exact_batch: pairs (or replies), however many rows they take
     overlong: Literal["fail", "drop", "truncate"] = "fail"  # than a row; truncated from the left
     on_bad_row: Literal["fail", "skip"] = "fail"  # of pairs, or of a judge's rule labels; skipped ones are listed
+    drop_overlap: tuple[str, ...] = ()  # suites: examples that hold their texts are left out (data/overlap.py)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -198,7 +199,10 @@ def load_options(config: str | os.PathLike, verb: str, overrides: Mapping[str, A
             target = target[name]
             if not isinstance(target, dict):
                 raise InputError(f"--{key}: {name} is one value, it has no parts")
-        target[last] = read_yaml(value, f"--{key}") if isinstance(value, str) and key not in TEXTS else value
+        if isinstance(value, str) and key not in TEXTS:
+            one = key in LISTS_OF_TEXTS and not value.startswith("[")
+            value = [value] if one else read_yaml(value, f"--{key}")
+        target[last] = value
     return parse_options(section, f"{where}: {verb}")
 
 
@@ -208,6 +212,7 @@ TEXTS = (
     *("data.pairs", "data.labels", "data.rules", "data.scores", "data.template"),
     *("evaluation.pairs", "evaluation.labels", "evaluation.scores"),
 )
+LISTS_OF_TEXTS = ("data.drop_overlap",)  # [ONE, TWO] is read as YAML, anything else is one
 
 
 def parse_options(section: Any, where: str) -> TrainOptions:

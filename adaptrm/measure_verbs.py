@@ -107,6 +107,32 @@ def compare(
     show(result if as_json else for_people(result), as_json)
 
 
+@measure_app.command()
+def overlap(
+    train: Annotated[str, typer.Argument(help=f"Training pairs or labels: {PAIRS}.")],
+    data: Annotated[str, typer.Argument(metavar="SUITE", help="Rows of a suite, in the same forms.")],
+    suite: Annotated[
+        Suite | None, typer.Option(help="Read the rows as this suite, so that its subsets have their names.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="FILE.json, which export --overlap puts into the model card.")] = None,
+    on_bad_row: BadRow = OnBadRow.fail,
+    as_json: Json = False,
+) -> None:
+    """Count training rows that hold a suite's prompts, or 13 words in a row of its texts.
+
+    To leave them out of training give --data.drop_overlap SUITE to train.
+    """
+    from adaptrm.data.overlap import read_texts
+    from adaptrm.data.overlap_report import for_people, overlap_report
+    from adaptrm.evaluate import SUITES
+
+    if suite is Suite.rules:
+        raise InputError("--suite rules measures adapters; it has no rows")
+    read = read_texts if suite is None else SUITES[suite.value].read
+    result = overlap_report(train, data, out, read, on_bad_row.value)
+    show(result if as_json else for_people(result), as_json)
+
+
 class Strategy(StrEnum):
     """Those whose choice follows from the scores of one pair."""
 

@@ -8,10 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from adaptrm.config import TEXTS, VERBS, TrainOptions, config_folder, load_options, parse_options, to_yaml
+from adaptrm.config import (
+    LISTS_OF_TEXTS,
+    TEXTS,
+    VERBS,
+    TrainOptions,
+    config_folder,
+    load_options,
+    parse_options,
+    to_yaml,
+)
 
 # How many options a user can set. A new one is a decision: first think whether the code can know the answer.
-OPTION_COUNT = 65
+OPTION_COUNT = 66
 SHIPPED = sorted(config_folder().glob("*.yaml"))
 
 
@@ -70,6 +79,8 @@ def test_every_text_option_is_kept_from_yaml():
     plain = {key for key, hint in leaf_types(TrainOptions).items() if hint is str or hint == str | None}
     # A list has no keys of its own on the command line: it is given as a whole.
     assert set(TEXTS) == {key for key in plain if not key.startswith("data.mix.")}
+    lists = {key for key, hint in leaf_types(TrainOptions).items() if hint == tuple[str, ...]}
+    assert set(LISTS_OF_TEXTS) == lists - {"model.rule_ids"}, "a run writes those down, nobody gives them"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +199,16 @@ def test_paths_and_names_are_never_read_as_yaml(name):
     got = load_options("demo", "reward", dict.fromkeys(TEXTS, name))
     assert (got.data.pairs, got.data.labels, got.model.pretrained) == (name, name, name)
     assert got.model.scratch.tokenizer == name
+
+
+@pytest.mark.parametrize("name", ["on", "null", "1", "a: b", "owner/name:split", "#x", ""])
+def test_one_suite_is_a_name_and_several_are_a_list(name):
+    given = {name: [name], "[one.jsonl, 'two, three']": ["one.jsonl", "two, three"], "[]": []}
+    for value, suites in given.items():
+        got = load_options("demo", "reward", {"data.drop_overlap": value})
+        assert got.data.drop_overlap == tuple(suites)
+    message = refused(load_options, "demo", "reward", {"data.drop_overlap": "[on]"})
+    assert "reward.data.drop_overlap.0: Input should be a valid string, got True" in message
 
 
 def options() -> st.SearchStrategy[dict]:

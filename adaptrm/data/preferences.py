@@ -106,6 +106,7 @@ def read_sets(
     source: Source,
     bad: BadRows | None = None,
     adapt: Callable[[ResponseSet, Row, str], ResponseSet] | None = None,
+    ids_checked: bool = False,
 ) -> Iterator[ResponseSet]:
     """Stream rows as sets of responses: all of a best-of-n row, the two of any other; as ``read_pairs``.
 
@@ -117,7 +118,7 @@ def read_sets(
         one = set_of_row(row, at)
         return [adapt(one, row, at) if adapt else one]
 
-    yield from _read(source, bad or BadRows(), of_row)
+    yield from _read(source, bad or BadRows(), of_row, ids_checked)
 
 
 def _read(source: Source, bad: BadRows, of_row: Callable[[Row, str], list], ids_checked: bool = False) -> Iterator:

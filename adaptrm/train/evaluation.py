@@ -25,6 +25,8 @@ ACCURACY = "evaluation/accuracy"
 def held_out_data(kind: Kind, options: TrainOptions) -> DataOptions | None:
     """Where held-out examples come from, made as those of the training are; None where nothing is held out.
 
+    What overlaps with a suite stays in: it may be the suite.
+
     Raises:
         InputError: an option needs held-out examples and there are none, or checkpoints come where none is measured.
     """
@@ -44,12 +46,12 @@ def held_out_data(kind: Kind, options: TrainOptions) -> DataOptions | None:
     if kind != "adapter":
         if held.scores is not None:
             raise InputError(f"evaluation.scores is of adapters; train {kind} takes none")
-        return replace(options.data, pairs=held.pairs, labels=held.labels or "human", mix=())
+        return replace(options.data, pairs=held.pairs, labels=held.labels or "human", mix=(), drop_overlap=())
     if (held.labels is None) == (held.scores is None):
         raise InputError(
             "an adapter is evaluated on labels or scores: give one of evaluation.labels, evaluation.scores"
         )
-    return replace(options.data, pairs=held.pairs, labels=held.labels, scores=held.scores)
+    return replace(options.data, pairs=held.pairs, labels=held.labels, scores=held.scores, drop_overlap=())
 
 
 @lru_cache(maxsize=8)

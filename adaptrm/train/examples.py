@@ -1,8 +1,8 @@
 """Training examples: pairs with labels for the reward model, replies with rule labels for the judge."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 import jax
 import numpy as np
@@ -10,10 +10,12 @@ import numpy as np
 from adaptrm.config import DataOptions, LossOptions
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import pair_tree
-from adaptrm.data.labels import LabelIndex, Preference, read_labels, read_rule_labels
+from adaptrm.data.labels import LabelIndex, Preference, RuleLabel, read_labels, read_rule_labels
+from adaptrm.data.overlap import Row, SuiteTexts, read_texts
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.preferences import Pair, ResponseSet, read_pairs, read_sets
 from adaptrm.data.rows import BadRows
+from adaptrm.data.scored_pairs import pairs_of
 from adaptrm.data.truncation import truncated
 from adaptrm.errors import InputError
 from adaptrm.judge.prompts import JudgePrompt
@@ -22,7 +24,7 @@ from adaptrm.prefix_tree import PrefixTree
 from adaptrm.progress import say
 from adaptrm.watchdog import doing
 
-Examples = tuple[TreeStore, dict[str, int]]  # the trees; rows skipped, examples dropped, truncated and mixed in
+Examples = tuple[TreeStore, dict[str, int]]  # the trees; rows skipped, examples dropped, truncated, left out, mixed in
 YES, NO, NEITHER = 0, 1, 2
 SHARE = 64  # examples that a process tokenises before it hears of the others'
 
@@ -79,7 +81,8 @@ def reward_examples(
         seed: draws the examples of ``data.mix``.
 
     Returns:
-        The trees, and how many rows were skipped, how many examples dropped, truncated and mixed in.
+        The trees, and how many rows were skipped, how many examples dropped, truncated and mixed in, and how many left
+        out for what they share with ``data.drop_overlap`` (of those mixed in, after they were drawn).
     """
     files = [source.labels for source in (options, *options.mix) if source.labels != "human"]
     if loss.soft_labels and not files:
@@ -158,13 +161,16 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> Examples:
         raise InputError("data.labels is missing: give a rule-label file")
     bad = BadRows(options.on_bad_row)
 
+    def pair_of(label: RuleLabel) -> Pair:
+        return Pair(label.id, label.prompt, label.response, label.response)  # one response, which stands for both
+
     def examples() -> Iterator[Example]:
         for label in read_rule_labels(options.labels, bad):
             if not label.labels:
                 continue
             at = f"{options.labels}: {label.id}"
             rules = sorted(prompt.pool.index(list(label.labels), at))
-            reply = Pair(label.id, label.prompt, label.response, label.response)  # one response, which stands for both
+            reply = pair_of(label)
             for group in prompt.groups(rules):
                 verdicts = [label.labels[prompt.pool[rule].id] for rule in group]
                 targets = [NEITHER if verdict is None else YES if verdict else NO for verdict in verdicts]
@@ -175,7 +181,8 @@ def judge_examples(options: DataOptions, prompt: JudgePrompt) -> Examples:
 
                 yield Example(options.labels, reply, tree, targets)
 
-    return collect(options, bad, examples())
+    unlisted = BadRows(options.on_bad_row, listed=False)
+    return collect(options, bad, examples(), texts=map(pair_of, read_rule_labels(options.labels, unlisted)))
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,8 @@ class _Made:
     """What became of an example.
 
     Attributes:
-        tree: None where it is dropped or cannot be used.
+        tree: None where it is dropped, left out or cannot be used.
+        overlapping: whether it is left out for what it shares with a suite.
         refused: why it cannot be used; ``unfit`` where it does not fit a row and must.
     """
 
@@ -191,10 +199,13 @@ class _Made:
     truncated: bool = False
     refused: str = ""
     unfit: bool = False
+    overlapping: bool = False
 
 
-def _make(example: Example, options: DataOptions) -> _Made:
+def _make(example: Example, options: DataOptions, suites: SuiteTexts | None) -> _Made:
     source, pair, limit, is_cut = example.source, example.pair, options.row_length, False
+    if suites is not None and suites.overlaps(pair):
+        return _Made(overlapping=True)
     try:
         tree = example.tree(pair)
         if len(tree) > limit and options.overlong == "truncate":
@@ -210,27 +221,64 @@ def _make(example: Example, options: DataOptions) -> _Made:
     return _Made(refused=f"{source}: {pair.id!r} has {len(tree)} tokens, a row {limit}; {mend}", unfit=True)
 
 
-def _made(options: DataOptions, examples: Iterator[Example]) -> Iterator[tuple[Example, _Made]]:
+def _suites(options: DataOptions, texts: Iterable[Row] | None) -> SuiteTexts | None:
+    """What examples must not hold, and what of it is too common to tell; each process counts its share."""
+    if not options.drop_overlap:
+        return None
+    suites = SuiteTexts(chain.from_iterable(map(read_texts, options.drop_overlap)))
+    texts = _texts(options) if texts is None else texts
+    suites.count(islice(texts, jax.process_index(), None, jax.process_count()))
+    for conversations in exchanged(suites.conversations):
+        suites.conversations |= conversations
+    return suites
+
+
+def _texts(options: DataOptions) -> Iterator[Row]:
+    """The rows of the pairs or labels that examples are made of."""
+    given = [source.pairs or source.labels for source in (options, *options.mix)]
+    if options.scores is not None:
+        given.append(pairs_of(options.scores, options.pairs))
+    for source in dict.fromkeys(given):
+        if source not in (None, "human"):  # whoever makes the examples says what is missing
+            yield from read_texts(source, BadRows(options.on_bad_row, listed=False))
+
+
+def _made(
+    options: DataOptions, examples: Iterator[Example], suites: SuiteTexts | None
+) -> Iterator[tuple[Example, _Made]]:
     """Examples in their order and what becomes of them; each process tokenises its share, and all get all."""
     number, count = jax.process_index(), jax.process_count()
     while block := list(islice(examples, SHARE * count)):
         mine = []
         for example in block[number::count]:
             doing("reading the examples")
-            mine.append(_make(example, options))
+            mine.append(_make(example, options, suites))
         shares = exchanged(mine)
         yield from ((example, shares[i % count][i // count]) for i, example in enumerate(block))
 
 
-def collect(options: DataOptions, bad: BadRows, examples: Iterator[Example], labels: int | None = None) -> Examples:
-    """Tokenise examples; ``labels`` is how many targets a leaf has, None for one."""
-    store, labelled = TreeStore(labels), False
+def collect(
+    options: DataOptions,
+    bad: BadRows,
+    examples: Iterator[Example],
+    labels: int | None = None,
+    texts: Iterable[Row] | None = None,
+) -> Examples:
+    """Tokenise examples.
+
+    Args:
+        labels: how many targets a leaf has; None for one.
+        texts: what they hold, for ``data.drop_overlap``; None reads the pairs or labels once more.
+    """
+    store, labelled, overlapping = TreeStore(labels), False, 0
     counts = {"dropped": 0, "truncated": 0}
-    for example, made in _made(options, examples):
+    for example, made in _made(options, examples, _suites(options, texts)):
         if made.unfit:
             raise InputError(made.refused)
         if made.refused:
             bad(InputError(made.refused))
+        elif made.overlapping:
+            overlapping += 1
         elif made.tree is None:
             counts["dropped"] += 1
         else:
@@ -241,8 +289,13 @@ def collect(options: DataOptions, bad: BadRows, examples: Iterator[Example], lab
         if count:
             total = len(store) + counts["dropped"]
             say(f"{what} {count} of {total} examples: longer than a row of {options.row_length} tokens")
+    left_out = {"overlapping": overlapping} if options.drop_overlap else {}
+    if overlapping:
+        total = len(store) + counts["dropped"] + overlapping
+        say(f"left out {overlapping} of {total} examples: they share texts with {', '.join(options.drop_overlap)}")
     if not labelled:
         raise InputError(
             f"{options.pairs or options.labels or options.scores}: nothing to train on; no example has a label"
+            + f" but those {overlapping} that overlap with data.drop_overlap" * (overlapping > 0)
         )
-    return store.freeze(), {"skipped_rows": bad.count} | counts
+    return store.freeze(), {"skipped_rows": bad.count} | counts | left_out

@@ -53,7 +53,8 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         profile: write a trace of a few steps into its profile/.
 
     Returns:
-        Steps, examples, rows skipped, examples dropped, truncated and mixed in, parameters, share of padding.
+        Steps, examples, rows skipped, examples dropped, truncated, mixed in and left out for what they share with a
+        suite (``overlapping``), parameters, share of padding.
 
     Raises:
         InputError: options, data or the folder cannot be used.
@@ -147,6 +148,7 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
     named = placed(model.checkpoint, os.path.isdir)
     model = replace(model, pretrained=placed(model.pretrained, os.path.isdir), checkpoint=named, scratch=scratch)
     mix = tuple(replace(m, pairs=placed(m.pairs, os.path.exists), labels=placed(m.labels)) for m in data.mix)
+    suites = tuple(placed(suite, os.path.exists) for suite in data.drop_overlap)
     data, held = (
         replace(
             source,
@@ -154,7 +156,7 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
             labels=placed(source.labels),
             scores=placed(source.scores, os.path.isdir),
         )
-        for source in (replace(data, rules=placed(data.rules), mix=mix), options.evaluation)
+        for source in (replace(data, rules=placed(data.rules), mix=mix, drop_overlap=suites), options.evaluation)
     )
     return replace(options, model=model, data=data, evaluation=held)
 
