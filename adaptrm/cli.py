@@ -14,7 +14,7 @@ from adaptrm import __version__
 from adaptrm.errors import RESTART, InputError, Stopped
 from adaptrm.measure_verbs import measure_app
 from adaptrm.model_verbs import model_app
-from adaptrm.options import BAD_ROW, PAIRS, BadRow, Dtype, Json, OnBadRow, TruncateTo
+from adaptrm.options import BAD_ROW, PAIRS, BadRow, Dtype, Json, OnBadRow, Template, TruncateTo
 from adaptrm.preemption import stops_at_once
 from adaptrm.results import show
 from adaptrm.rule_verbs import rules_app
@@ -41,11 +41,6 @@ class Verb(StrEnum):
 class StepKind(StrEnum):
     train = "train"
     score = "score"
-
-
-class Template(StrEnum):
-    conversation_first = "conversation-first"
-    rule_first = "rule-first"
 
 
 class Strategy(StrEnum):

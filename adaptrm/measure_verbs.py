@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from adaptrm.errors import InputError
-from adaptrm.options import PAIRS, BadRow, Dtype, Json, OnBadRow, TruncateTo
+from adaptrm.options import PAIRS, BadRow, Dtype, Json, OnBadRow, Template, TruncateTo
 from adaptrm.results import show
 
 measure_app = typer.Typer()
@@ -155,6 +155,7 @@ def explain(
     k: Annotated[int, typer.Option(min=1, help="Rules that decide.")] = 5,
     discrepancy_weight: Annotated[float, typer.Option(help="Weight of |a - b| beside relevance.")] = 0.5,
     weights: Annotated[str | None, typer.Option(help="Of strategy evidence: what label --save-weights wrote.")] = None,
+    template: Annotated[Template, typer.Option(help="Order of the judge prompt.")] = Template.conversation_first,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the models.")] = Dtype.float32,
     as_json: Json = False,
 ) -> None:
@@ -164,7 +165,7 @@ def explain(
 
     job = ExplainJob(
         *(model, pairs, pair_id, scores, judge, labels, rules, strategy.value, k, discrepancy_weight, weights),
-        dtype=dtype.value,
+        *(template.value, dtype.value),
     )
     found = run(job)
     show(found if as_json else for_people(found), as_json)

@@ -15,6 +15,11 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Template(StrEnum):
+    conversation_first = "conversation-first"
+    rule_first = "rule-first"
+
+
 class OnBadRow(StrEnum):
     fail = "fail"
     skip = "skip"
