@@ -21,8 +21,8 @@ PAIRS, PART = 11, 3  # three whole parts and a smaller one
 SEVERAL = f"""
 import json, sys
 from adaptrm.cli import app
-from adaptrm.evaluate import preference
-preference.PAIRS_AT_ONCE = {PART}
+from adaptrm.evaluate import run as evaluate_run
+evaluate_run.SETS_AT_ONCE = {PART}
 for command in json.loads(sys.argv[1]):
     app(command, standalone_mode=False)
 """

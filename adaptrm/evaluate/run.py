@@ -130,7 +130,9 @@ def _scored(scorer: Scorer, sets: Iterator[ResponseSet], who: str) -> Iterator[t
         for one, rewards in zip(known, found, strict=True):
             if not np.isfinite(rewards).all():
                 raise InputError(f"{who}: the reward of {one.id!r} is not finite; check its weights")
-        yield known, found
+        for first in range(0, len(known), SETS_AT_ONCE):  # sums and files do not tell how many processes there were
+            part = slice(first, first + SETS_AT_ONCE)
+            yield known[part], found[part]
 
 
 def _chosen_first(one: ResponseSet) -> ResponseSet:
