@@ -169,7 +169,7 @@ def score(job: ScoreJob, adapter: Chooser | None = None) -> dict[str, Any]:
                     scores = _score_part(job, source, pool, part, pairs, questions, done)
                     mass = np.stack([judged(x, scores.rules) for x in (scores.label_mass_a, scores.label_mass_b)])
                     of_pairs = mass.mean(axis=(0, 2)) < LOW_MASS
-                    named = [pair.id for pair, low in zip(pairs, of_pairs, strict=True) if low]
+                    named = [(part, pair.id) for pair, low in zip(pairs, of_pairs, strict=True) if low]
                     flagged = (flagged + named)[:FLAGGED]
                     special = source.special_strings(pairs) if isinstance(source, Judge) else 0
                     counts = (mass < LOW_MASS).sum(), of_pairs.sum(), special
@@ -183,7 +183,7 @@ def score(job: ScoreJob, adapter: Chooser | None = None) -> dict[str, Any]:
             some = next(job.parts(BadRows(job.on_bad_row, listed=False), job.truncation(source)))
             costs = token_costs(source.prompt, adapter, some, first_part.rules)
         told = gathered(told).sum(axis=0)
-        flagged = [name for of_one in exchanged(flagged) for name in of_one][:FLAGGED]
+        in_order = sorted((one for of_one in exchanged(flagged) for one in of_one), key=lambda one: one[0])
     masses, of_pairs, low, low_pairs, special = told.T.tolist()
     return {
         "scores": str(job.out),
@@ -195,7 +195,7 @@ def score(job: ScoreJob, adapter: Chooser | None = None) -> dict[str, Any]:
         "label_mass": sum(m * n for m, n in zip(masses, of_pairs, strict=True)) / count,
         "low_mass_share": sum(low) / (2 * count * (len(pool) if adapter is None else job.k)),
         "low_mass_pairs": int(sum(low_pairs)),
-        "low_mass_first": flagged,
+        "low_mass_first": [name for _, name in in_order[:FLAGGED]],
         "special_tokens_kept_as_text": int(sum(special)),
         **costs,
     }
