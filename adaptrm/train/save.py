@@ -92,7 +92,7 @@ def save_model(
                 "label2id": {rule: number for number, rule in enumerate(rule_ids)},
                 "problem_type": "multi_label_classification",
             }
-        chat.save(folder, pad[0])
+        chat.save(folder, pad[0], as_rendered=head is not None)
         kind = "judge" if head is None else "adapter" if rule_ids else "reward"
         paths.write_bytes(folder / "README.md", _card(kind, base_model, dtype, pad).encode())
         # Last: a folder with a config.json is a whole one.
