@@ -127,7 +127,6 @@ def _transformers(folder: Path, is_classifier: bool) -> np.ndarray:
     with torch.no_grad():
         if is_classifier:
             batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-            batch.pop("token_type_ids", None)
             return model(**batch).logits.numpy()
         ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in texts]
         return np.concatenate([model(one).logits[:, -1].log_softmax(-1).numpy() for one in ids])

@@ -10,17 +10,29 @@ from commands import adaptrm, pair_rows, write_rows
 from folders import hf_tensors, raw_tensors, write_folder
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_causal_lm, tiny_config, tiny_pairs, tiny_tokenizer
+from tiny import random_state, tiny_causal_lm, tiny_config, tiny_pairs, tiny_tokenizer
 
 from adaptrm.config import parse_options
 from adaptrm.data.chat import DATE, ChatTokenizer, choose_pad_token
 from adaptrm.data.preferences import ResponseSet
 from adaptrm.errors import InputError
 from adaptrm.export import export_run, probe, verify
+from adaptrm.models import SequenceClassifier
+from adaptrm.models.config import FAMILIES
 from adaptrm.parallel import make_mesh
 from adaptrm.reward_model import RewardModel
 from adaptrm.train.run import train
+from adaptrm.train.save import save_model
 from adaptrm.train.start import open_run
+
+# A tokenizer puts this before every text, as Llama 3's does with its own.
+BEGINNING = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+TEXT_AFTER_BEGINNING = {
+    "type": "TemplateProcessing",
+    "single": [BEGINNING, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [BEGINNING, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +42,8 @@ def run(tmp_path_factory):
     tiny_causal_lm(out / "lm")
     settings = json.loads((out / "lm" / "tokenizer_config.json").read_text())
     (out / "lm" / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": settings["eos_token"]}))
+    spec = json.loads((out / "lm" / "tokenizer.json").read_text()) | {"post_processor": TEXT_AFTER_BEGINNING}
+    (out / "lm" / "tokenizer.json").write_text(json.dumps(spec))
     write_rows(out / "pairs.jsonl", pair_rows([replace(p, preferred="a") for p in tiny_pairs(8)]))
     section = {
         "model": {"pretrained": str(out / "lm"), "remat": "none"},
@@ -83,6 +97,70 @@ def test_rewards_equal_those_of_transformers(run, side, batch):
     ours = RewardModel.from_pretrained(run).score(conversations())
     np.testing.assert_allclose(ours, torch.cat(theirs).numpy(), atol=1e-4)
     assert np.ptp(ours) > 1e-2  # the rewards differ at all
+
+
+def test_tools_that_tokenize_rendered_text_read_the_same_rewards(run, tmp_path):
+    """RewardBench, this pipeline and vLLM's classify pass on all that the tokenizer adds; the latter two give out the
+    sigmoid of a single label, unless it is a regression's."""
+    pytest.importorskip("torch")
+    from transformers import AutoTokenizer, pipeline
+
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (run.parent / "lm", run / "export"))
+    texts = [after.apply_chat_template(c, tokenize=False) for c in conversations()]
+    for conversation, text in zip(conversations(), texts, strict=True):
+        plain = after.apply_chat_template(conversation, tokenize=True, return_dict=False)
+        assert before(text)["input_ids"] == [1, *plain] and after(text)["input_ids"] == plain
+    settings = json.loads((run / "export" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # transformers 4 would add token types
+    ask = pipeline("text-classification", model=str(run / "export"), device="cpu")
+    theirs = [found["score"] for found in ask(texts, batch_size=3)]
+    np.testing.assert_allclose(RewardModel.from_pretrained(run).score(conversations()), theirs, atol=1e-4)
+    # A language model keeps what its tokenizer does.
+    ChatTokenizer.from_folder(run.parent / "lm").save(tmp_path, None)
+    assert AutoTokenizer.from_pretrained(tmp_path)(texts[0])["input_ids"] == before(texts[0])["input_ids"]
+
+
+# Fields by which other loaders would look for another head, and where they read them.
+OTHER_HEADS = {
+    "value_head_prefix": "value_head",  # openrlhf 0.11.2, models/model.py: getattr(config, "value_head_prefix", ...)
+    "mean": 2.0,  # the same, _get_reward_model: if hasattr(config, "mean"): self.mean[0] = config.mean
+    "std": 3.0,
+    "normalize_reward": True,
+    "classifier_from_token": ["no", "yes"],  # vllm 0.33.0, model_executor/models/adapters.py: seq_cls_model_loader
+    "method": "from_2_way_softmax",
+}
+# vllm 0.33.0, model_executor/models/registry.py: _normalize_arch turns ForSequenceClassification into one of these.
+VLLM_MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_are_those_that_openrlhf_and_vllm_look_for(tmp_path, family):
+    config = tiny_config(model_type=family)
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    raw = config.to_hf() | OTHER_HEADS | {"architectures": ["ForRewardModeling"]}
+    _, params = random_state(SequenceClassifier, config, num_labels=1)
+    save_model(tmp_path / "out", params, raw, ChatTokenizer(tokenizer), ("<|endoftext|>", 0))
+
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    # openrlhf, models/model.py: setattr(self, "score", nn.Linear(config.hidden_size, 1, bias=False)), and the decoder
+    # under base_model_prefix, "model" in each of these families. vllm, adapters.py: self.score = ReplicatedLinear(
+    # hidden_size, num_labels, bias=False); a score.bias would be added, an lm_head is not looked for.
+    assert tensors["score.weight"].shape == (1, config.hidden_size)
+    assert all(name.startswith("model.") for name in tensors.keys() - {"score.weight"})
+    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in hf_tensors(config, head="score").items()}
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    (architecture,) = saved["architectures"]
+    # vllm, config/model.py: ("ForSequenceClassification", ("pooling", "classify")).
+    assert architecture.endswith("ForSequenceClassification")
+    assert architecture.replace("ForSequenceClassification", "ForCausalLM") in VLLM_MODELS
+    assert len(saved["id2label"]) == 1  # from which transformers, and so vllm, has num_labels
+    # vllm, layers/pooler/activations.py: if problem_type == "regression": return PoolerIdentity().
+    assert saved["problem_type"] == "regression"
+    assert not OTHER_HEADS.keys() & saved.keys()
+    # openrlhf, utils/utils.py: if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token; then
+    # model.config.pad_token_id = tokenizer.pad_token_id.
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["pad_token"] == tokenizer.convert_ids_to_tokens(saved["pad_token_id"]) != settings["eos_token"]
 
 
 def test_saving_what_was_loaded_gives_the_same_weights(run, tmp_path):

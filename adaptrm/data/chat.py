@@ -210,8 +210,13 @@ class ChatTokenizer:
             raise InputError(f"{self.where}: the chat template makes no tokens of a conversation")
         return ids
 
-    def save(self, folder: str | os.PathLike, pad_token: str | None) -> None:
-        """Write the tokenizer so that transformers 4 and 5 read it, with the pad token and the date frozen."""
+    def save(self, folder: str | os.PathLike, pad_token: str | None, as_rendered: bool = False) -> None:
+        """Write the tokenizer so that transformers 4 and 5 read it, with the pad token and the date frozen.
+
+        Args:
+            as_rendered: the written tokenizer adds nothing to a text. Tools that tokenize what the template rendered
+                (RewardBench, vLLM's classify) would otherwise give it a second beginning-of-sequence token.
+        """
         if pad_token is not None:
             self.tokenizer.pad_token = pad_token
         template = self.tokenizer.chat_template
@@ -220,15 +225,21 @@ class ChatTokenizer:
         self.tokenizer.chat_template = frozen if several else frozen[""]
         self.tokenizer.save_pretrained(folder)
         self.tokenizer.chat_template = template
-        # transformers 5 names a class that transformers 4 does not have.
+        # transformers 5 names a class that transformers 4 does not have. Of the one that both have, 4 gives out token
+        # types beside the ids, which decoders refuse.
         file = Path(folder) / "tokenizer_config.json"
         settings = json.loads(file.read_bytes()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
         for name in ("backend", "is_local", "local_files_only", "auto_map"):
             settings.pop(name, None)
         # Nor does transformers 4 read a list under the name that transformers 5 gives it.
         if isinstance(settings.get("extra_special_tokens"), list):
             settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if as_rendered and self.tokenizer.num_special_tokens_to_add():
+            whole = Path(folder) / "tokenizer.json"
+            spec = json.loads(whole.read_bytes()) | {"post_processor": None}
+            whole.write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _freeze_date(template: str) -> str:

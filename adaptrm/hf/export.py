@@ -116,11 +116,16 @@ def model_config(raw: dict[str, Any], num_labels: int | None, **fields: Any) -> 
     # transformers 5 writes rope_parameters and dtype; transformers 4 reads the older names, and 5 reads those too.
     dropped = ("rope_parameters", "dtype", "_name_or_path", "_model_name_or_path", "auto_map", "transformers_version")
     labelled = ("id2label", "label2id", "num_labels", "problem_type")
-    kept = {k: v for k, v in raw.items() if k not in (*dropped, *labelled)}
+    # What OpenRLHF and vLLM note of a head, which would be of one that is gone.
+    other_heads = ("value_head_prefix", "normalize_reward", "mean", "std", "classifier_from_token", "method")
+    kept = {k: v for k, v in raw.items() if k not in (*dropped, *labelled, *other_heads)}
     family = FAMILIES[raw["model_type"]].name
     labels = {} if num_labels is None else {f"LABEL_{i}": i for i in range(num_labels)}
     if num_labels is not None:
         kept |= {"id2label": {str(i): label for label, i in labels.items()}, "label2id": labels}
+    # One label is a score: without this vLLM and the text-classification pipeline give out its sigmoid.
+    if num_labels == 1:
+        kept["problem_type"] = "regression"
     task = "ForCausalLM" if num_labels is None else "ForSequenceClassification"
     return kept | {"architectures": [family + task], "rope_theta": theta, "rope_scaling": scaling, **fields}
 

@@ -76,7 +76,7 @@ def save_folder(
         write_weights(folder)
         if jax.process_index() > 0:
             return
-        chat.save(folder, pad_token)
+        chat.save(folder, pad_token, as_rendered="id2label" in config)
         paths.write_bytes(folder / "README.md", card.encode())
         write_json(folder / "config.json", config)  # last: a folder with a config.json is a whole one
 
