@@ -235,7 +235,7 @@ class ChatTokenizer:
         # Nor does transformers 4 read a list under the name that transformers 5 gives it.
         if isinstance(settings.get("extra_special_tokens"), list):
             settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
         if as_rendered and self.tokenizer.num_special_tokens_to_add():
             whole = Path(folder) / "tokenizer.json"
             spec = json.loads(whole.read_bytes()) | {"post_processor": None}
