@@ -13,7 +13,9 @@ What many say gives nothing away: the refusals of one model, disclaimers, templa
 matched more than 10 training documents. Here a document is a conversation of the training set or of the suite, and
 rows with the same first message of the user are one: what leaked into many pairs of one prompt is still found. How many
 conversations have a 13-gram is told by 64 bits (linear counting, Whang et al. 1990), which never say more than there
-are: of 10 conversations none is too many, of 20 hardly any is not. The same prompt always counts.
+are: 10 are never too many, 20 nearly always are. The same prompt always counts. Where the training set is small, or the
+suite's responses are refusals, phrases of models are left among the 13-grams of responses: the counts of prompts tell
+more.
 """
 
 import unicodedata
@@ -130,7 +132,7 @@ def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 class SuiteTexts:
-    """The texts of a suite as hashes: some 40 bytes a word, and nothing of the rows that they are looked for in.
+    """The texts of a suite as hashes: some 30 bytes a word, and nothing of the rows that they are looked for in.
 
     ``count`` all of the training set, then ``find`` in it. What is found of a row depends on the row, the suite and
     what was counted, in no matter which order.
