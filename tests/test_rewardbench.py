@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from commands import in_process, write_rows
 from rich.console import Console
-from tiny import random_state, tiny_config, tiny_tokenizer
+from tiny import tiny_reward_model
 
 from adaptrm import measure_verbs
-from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.preferences import load_pairs
 from adaptrm.data.rows import BadRows
 from adaptrm.errors import InputError
@@ -23,9 +22,7 @@ from adaptrm.evaluate.cells import Cells, interval
 from adaptrm.evaluate.rewardbench import PRIOR_SETS, PUBLISHED, SECTIONS, WEIGHTS, section_scores
 from adaptrm.evaluate.suite import overall_of
 from adaptrm.evaluate.table import for_people
-from adaptrm.models import SequenceClassifier
 from adaptrm.reward_model import RewardModel
-from adaptrm.train.save import save_model
 
 
 def native(subset: str, number: int, chosen: float, rejected: float, **other) -> dict:
@@ -262,13 +259,8 @@ def test_the_hub_name_alone_means_the_filtered_split(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tiny_reward_model(tmp_path_factory, one_device):
-    folder = tmp_path_factory.mktemp("reward-model")
-    tiny_tokenizer(folder)
-    _, state = random_state(SequenceClassifier, tiny_config(), num_labels=1)
-    raw = tiny_config().to_hf() | {"architectures": ["LlamaForSequenceClassification"]}
-    save_model(folder, state, raw, ChatTokenizer.from_folder(folder), ("<|endoftext|>", 0))
-    return folder
+def reward_model(tmp_path_factory, one_device):
+    return tiny_reward_model(tmp_path_factory.mktemp("reward-model"))
 
 
 def test_the_command_line_names_every_suite():
@@ -278,11 +270,11 @@ def test_the_command_line_names_every_suite():
     ]  # the last measures adapters, not rewards
 
 
-def test_by_the_command_line(tmp_path, tiny_reward_model, monkeypatch, capsys):
+def test_by_the_command_line(tmp_path, reward_model, monkeypatch, capsys):
     data, out = write_rows(tmp_path / "rows.jsonl", SMALL), tmp_path / "out.json"
 
     def run(*more) -> str:
-        command = ("evaluate", tiny_reward_model, "--suite", "rewardbench", "--data", data, "--out", out, *more)
+        command = ("evaluate", reward_model, "--suite", "rewardbench", "--data", data, "--out", out, *more)
         code, out_text, _ = in_process(monkeypatch, capsys, *command)
         assert code == 0
         return out_text
@@ -291,7 +283,7 @@ def test_by_the_command_line(tmp_path, tiny_reward_model, monkeypatch, capsys):
     assert result == json.loads(out.read_text())
     assert (result["suite"], result["n"], result["dtype"]) == ("rewardbench", 7, "float32")
     pairs = load_pairs([row | {"id": number} for number, row in enumerate(SMALL)])
-    rewards = RewardModel.from_pretrained(tiny_reward_model).score_pairs(pairs)
+    rewards = RewardModel.from_pretrained(reward_model).score_pairs(pairs)
     scores = np.array(pq.read_table(tmp_path / "out.rows.parquet")["scores"].to_pylist())
     np.testing.assert_allclose(scores, rewards, atol=1e-5)
     monkeypatch.setenv("COLUMNS", "80")

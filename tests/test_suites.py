@@ -8,12 +8,14 @@ import pytest
 from commands import write_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_reward_model
 
 from adaptrm.data.rows import BadRows
 from adaptrm.errors import InputError
 from adaptrm.evaluate import SUITES, evaluate
 from adaptrm.evaluate.rewardbench2 import PUBLISHED, TIES_PARTS
 from adaptrm.evaluate.rm_bench import DIFFICULTIES, MATRIX
+from adaptrm.reward_model import RewardModel
 
 
 def reads(sets) -> list[np.ndarray]:
@@ -204,3 +206,16 @@ def test_any_matrix_equals_a_plain_count(tmp_path_factory, scores):
 def test_the_hub_name_alone_means_the_benchmarks_split(tmp_path, suite, name, split):
     with pytest.raises(InputError, match=f"{name}:{split}"):  # there is no network here
         evaluated(suite, name, tmp_path)
+
+
+def test_a_row_may_have_16384_tokens(tmp_path):
+    """Leaders of RewardBench 2 evaluate with so many; the prompt is computed once for its four responses."""
+    model = RewardModel.from_pretrained(tiny_reward_model(tmp_path / "model"))
+    prompt = "What of all this matters? " * 840  # some 20 tokens each
+    row = of_four("Focus", "1", 0, 0, 0, 0) | {"prompt": prompt, "chosen": ["Nothing."], "rejected": ["A", "B b", "C"]}
+    result, columns = evaluated("rewardbench-2", [row], tmp_path, model.score_sets)
+    assert result["n"] == 1
+    (one,) = SUITES["rewardbench-2"].read([row], BadRows())
+    assert model.pair_length(one) > 16_384
+    alone = model.score([[*one.prompt, {"role": "assistant", "content": "B b"}]])
+    assert columns["scores"][0][2] == pytest.approx(float(alone[0]), abs=1e-5)
