@@ -46,4 +46,6 @@ def test_every_mix_is_merged_and_measured_against_the_start(smollm2, data, tmp_p
     for part in ("general", "mixed", "safety"):
         lines = (tmp_path / f"{part}.jsonl").read_text().splitlines()
         assert not asked & {json.dumps(json.loads(line)["prompt"]) for line in lines}
+    again = subprocess.run([str(x) for x in (*command, "--safety", "5")], env=ENV, capture_output=True, text=True)
+    assert again.returncode == 1 and "an earlier run had other options" in again.stderr
     assert (tmp_path / "table.md").read_text().count("\n") == 7

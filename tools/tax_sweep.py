@@ -56,8 +56,12 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Write general.jsonl, mixed.jsonl, safety.jsonl and held-out.jsonl: prompts of one are in none of the others."""
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name not in ("smollm2", "data", "out")}
+
+
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """Write general.jsonl, mixed.jsonl, safety.jsonl and held-out.jsonl; returns the options that they are of."""
     from adaptrm.data.chat import ChatTokenizer
     from adaptrm.data.chat_trees import pair_length
     from adaptrm.data.preferences import hash_id, read_pairs
@@ -86,6 +90,7 @@ def prepare(options: argparse.Namespace) -> None:
             parts[name].append(row | {"response_a": pair.response_a, "response_b": pair.response_b, "preferred": "a"})
     for name, rows in parts.items():
         (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return given(options)
 
 
 def train_from(start: str, out: Path, options: argparse.Namespace, pairs: str, mix: float = 0.0) -> dict[str, Any]:
@@ -124,7 +129,8 @@ def sweep(options: argparse.Namespace) -> list[tuple[float, float, Path]]:
     from adaptrm.merge import merge
 
     out = options.out
-    once("data", out / "prepared.json", lambda: prepare(options))
+    if once("data", out / "prepared.json", lambda: prepare(options)) != given(options):
+        sys.exit(f"{out}: an earlier run had other options; give another --out")
     once("start", out / "start.json", lambda: train_from(options.smollm2, out / "start", options, "general.jsonl"))
     start, held_out = out / "start" / "export", out / "held-out.jsonl"
     results = [(0.0, 1.0, out / "of-start.json")]
@@ -210,9 +216,8 @@ def main() -> None:
 
     say("prepare, train the start, then each mixing weight, each merged and measured")
     rows = summary(sweep(options))
-    kept = {name: value for name, value in vars(options).items() if name not in ("smollm2", "data", "out")}
     sizes = {p.stem: len(p.read_text().splitlines()) for p in sorted(options.out.glob("*.jsonl"))}
-    text = json.dumps({"models": rows, "pairs": sizes, "options": kept}, indent=2)
+    text = json.dumps({"models": rows, "pairs": sizes, "options": given(options)}, indent=2)
     print(text)
     (options.out / "result.json").write_text(text + "\n")
     (options.out / "table.md").write_text(as_table(rows))
