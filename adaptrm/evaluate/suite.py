@@ -63,6 +63,7 @@ class Suite:
         published: pairs of each subset in the whole benchmark.
         pairwise: every chosen response against every rejected one is a row of its own.
         cluster: by what rows are drawn together, where it is not the prompt.
+        remark: what people should know who read its figures.
         leaderboard: what the benchmark's own leaderboard takes as JSON, where it has one.
     """
 
@@ -75,6 +76,7 @@ class Suite:
     published: Mapping[str, int] = field(default_factory=dict)
     pairwise: bool = False
     cluster: Callable[[ResponseSet], str | None] = lambda one: None
+    remark: str = ""
     leaderboard: Literal["subsets", "sections"] | None = None
 
 

@@ -40,12 +40,14 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
         low, high = (100 * end for end in one["ci95"])
         less = f"{100 * one['model_less_this']:+.1f} ({low:+.1f} to {high:+.1f})"
         table.add_row(f"scorer: {printable(name)}", "model less it", f"{100 * one['accuracy']:.1f}", less)
+    remarks = [suite.remark] if suite.remark else []
     if short := result.get("incomplete"):
         absent = [subset for subset, count in short.items() if not count["n"]]
-        table.caption = (
+        remarks.append(
             f"Not the benchmark's own figures: {len(short)} of {len(suite.published)} subsets differ from the "
             "published set" + (f"; absent: {', '.join(absent)}." if absent else ".")
         )
+    table.caption = "\n".join(remarks) or None
     plain = {name: value for name, value in result.items() if isinstance(value, str | int)}
     plain["rows_without_preference"] = plain.pop("skipped")  # beside skipped_rows, which are no pairs
     margins, by_length = result["margins"], result["length_bias"]
