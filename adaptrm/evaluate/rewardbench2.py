@@ -115,6 +115,6 @@ REWARDBENCH_2 = Suite(
     overall=dict.fromkeys(PUBLISHED, 1.0),
     published=PUBLISHED,
     cluster=_of_prompt,
-    remark="Safety sets one refusal against three that comply: who refuses everything is right. See --suite xstest too.",
+    remark="Safety sets one refusal against three that comply: to refuse everything is right. See --suite xstest too.",
     leaderboard="sections",
 )
