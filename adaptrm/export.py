@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,8 +21,10 @@ from adaptrm.parallel import make_mesh, read_leaves
 from adaptrm.parallel.distributed import wait_for_all
 from adaptrm.products import product
 from adaptrm.progress import say
+from adaptrm.train.card_files import Overlap, Result, read_file
+from adaptrm.train.markdown import model_name
 from adaptrm.train.save import save_model
-from adaptrm.train.start import open_run
+from adaptrm.train.start import about_run, read_options, start_of
 
 # Texts of several lengths, scripts and turns; what is compared is arithmetic, not meaning.
 PROBES = (
@@ -41,6 +45,9 @@ def export_run(
     out: str | os.PathLike,
     check: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    results: Sequence[str] = (),
+    overlaps: Sequence[str] = (),
+    name: str | None = None,
 ) -> dict[str, float]:
     """Write the latest checkpoint of a run as a Hugging Face folder; with ``check`` read it back and compare.
 
@@ -49,6 +56,9 @@ def export_run(
     Args:
         dtype: of the weights that are written. What is compared is computed in float32 from these very weights, so
             that rounding them is no difference; how far it moves the checkpoint's own values is said.
+        results: files of ``adaptrm evaluate`` for the model card.
+        overlaps: files of ``adaptrm overlap`` for the model card.
+        name: of the model, for the hub's tables of results; None is that of the folder.
 
     Returns:
         Largest difference from what the weights compute for some conversations (rewards of a reward model, logits of
@@ -56,16 +66,23 @@ def export_run(
         is installed.
 
     Raises:
-        InputError: not a run, no checkpoint, or the folder holds something else.
+        InputError: not a run, no checkpoint, or the folder holds something else; a file for the card is none.
         RuntimeError: a difference is above the tolerance.
     """
-    start = open_run(run)
+    shown = {
+        "name": name or model_name(str(out)),
+        "results": [read_file(file, Result) for file in results],
+        "overlaps": [read_file(file, Overlap) for file in overlaps],
+    }
+    kind, options = read_options(run)
+    start = start_of(kind, options)
+    about = replace(about_run(start, options, run), **shown)
     mesh = make_mesh()
     definition, params = start.checkpoint(run, mesh)
     pad_id = None if start.kind == "judge" else start.pad[1]
     exact = probe(definition, params, start.chat, pad_id, mesh) if check and dtype != "float32" else None
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    save_model(out, params, start.raw, start.chat, start.pad, start.name, start.model.rule_ids)
+    save_model(out, params, start.raw, start.chat, start.pad, about, start.model.rule_ids)
     if not check:
         return {}
     wait_for_all()  # process 0 writes

@@ -25,7 +25,8 @@ from adaptrm.hf.export import MAX_SHARD_BYTES, cut_into_shards, model_config, wr
 from adaptrm.hf.folder import HEAD, Folder, listed, open_folder
 from adaptrm.hf.weight_file import DTYPES, Stored, write_header
 from adaptrm.progress import progress, say
-from adaptrm.train.card import merged_card
+from adaptrm.train.card import About, model_card
+from adaptrm.train.license import license_of
 from adaptrm.train.save import save_folder
 from adaptrm.train.start import is_run
 
@@ -82,7 +83,9 @@ def merge(
         config = model_config(first.raw, labels, **fields, torch_dtype=written)
         used = [(folder, weight) for folder, weight in zip(folders, weights, strict=True) if weight]
         write = partial(_write_weights, used, kinds, cut_into_shards(sizes, max_shard_bytes), sizes)
-        save_folder(out, write, config, chat, pad[0], merged_card(kind, written, pad, models, weights))
+        licenses = {license_of(folder.path) for folder in folders}
+        about = About(models=models, weights=weights, license=licenses.pop() if len(licenses) == 1 else None)
+        save_folder(out, write, config, chat, pad[0], model_card(kind, written, pad, about))
     return {
         "merged": str(out),
         "models": [{"model": model, "weight": weight} for model, weight in zip(models, weights, strict=True)],

@@ -114,7 +114,8 @@ def test_the_whole_chain_in_memory(uninterrupted, made, monkeypatch, capsys):
     store, run = uninterrupted, f"{uninterrupted}/run"
     before = losses(run)
     assert [line["step"] for line in before] == list(range(1, 9))
-    assert paths.names(run) == ["checkpoints", "config.yaml", "examples.sha256", "export", "metrics.jsonl"]
+    told = ["config.yaml", "examples.json", "examples.sha256"]
+    assert paths.names(run) == ["checkpoints", *told, "export", "metrics.jsonl"]
     assert sorted(remote._steps(f"{run}/checkpoints")) == [6, 8]
     used(store, capsys)
     # A finished run started again changes nothing; its model is the same one, seen from elsewhere.

@@ -56,7 +56,7 @@ def rows_of(source: Source, bad: BadRows) -> Iterator[tuple[str, Row]]:
         yield from _rows_of_object(source, "pairs")
     elif _is_saved(source):
         yield from _rows_of_object(_load(source, lambda datasets: datasets.load_from_disk(str(source))), str(source))
-    elif hub := _hub_name(source):
+    elif hub := hub_name(source):
         yield from _rows_of_hub(source, **hub)
     else:
         yield from read_rows(source, bad)
@@ -64,7 +64,7 @@ def rows_of(source: Source, bad: BadRows) -> Iterator[tuple[str, Row]]:
 
 def source_hash(source: Source) -> str:
     """SHA-256 of a source: of a file's bytes; of anything else, of its rows as canonical JSON, a line each."""
-    if isinstance(source, str | os.PathLike) and not _is_saved(source) and not _hub_name(source):
+    if isinstance(source, str | os.PathLike) and not _is_saved(source) and not hub_name(source):
         return paths.sha256(source)
     digest = hashlib.sha256()
     for _, row in rows_of(source, BadRows()):
@@ -156,7 +156,7 @@ def _is_saved(path: str | os.PathLike) -> bool:
     return paths.is_dir(path) and bool({"state.json", "dataset_dict.json"} & set(paths.names(path)))
 
 
-def _hub_name(source: str | os.PathLike) -> dict[str, str | None] | None:
+def hub_name(source: str | os.PathLike) -> dict[str, str | None] | None:
     """Name, config and split of a data set on the hub; None where this is a path."""
     found = HUB_NAME.fullmatch(source) if isinstance(source, str) else None
     if found is None or source.endswith(FILE_ENDINGS) or paths.exists(source):

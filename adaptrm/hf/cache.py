@@ -12,8 +12,8 @@ from adaptrm import paths
 from adaptrm.errors import InputError
 from adaptrm.progress import say
 
-# What a model folder is read for. The names come from outside: none of these leads out of the cache.
-WANTED = re.compile(r"tokenizer\.model|merges\.txt|\w[\w.-]*\.(json|safetensors|jinja)", re.ASCII)
+# What a model folder is read for; its card states the license. Names come from outside: none leads out of the cache.
+WANTED = re.compile(r"tokenizer\.model|merges\.txt|README\.md|\w[\w.-]*\.(json|safetensors|jinja)", re.ASCII)
 
 
 def cache_folder() -> Path:

@@ -39,7 +39,7 @@ def resolve_model(model: str | os.PathLike) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
         # Mistral's folders hold their weights a second time, in another layout.
         return Path(snapshot_download(str(model), allow_patterns=patterns, ignore_patterns="consolidated*"))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as wrong:

@@ -23,8 +23,10 @@ from adaptrm.models import SequenceClassifier
 from adaptrm.models.heads import label_logits
 from adaptrm.parallel import local_mesh, read_leaves
 from adaptrm.prefix_tree import PrefixTree
+from adaptrm.train.card import About
+from adaptrm.train.license import license_of
 from adaptrm.train.save import save_model
-from adaptrm.train.start import is_run, open_run
+from adaptrm.train.start import about_run, is_run, read_options, start_of
 from adaptrm.train.step import Kind
 
 NAMES = {"reward": "reward model", "adapter": "rule adapter"}
@@ -47,9 +49,10 @@ class Classifier:
         mesh: Mesh,
         rule_ids: Sequence[str] = (),
         folder: Path | None = None,
+        about: About | None = None,
     ):
         self.chat, self.pad, self.mesh, self.rule_ids = chat, pad, mesh, tuple(rule_ids)
-        self._raw, self._params, self._folder = raw, params, folder
+        self._raw, self._params, self._folder, self._about = raw, params, folder, about
         self._program = partial(_logits, definition, dtype, params)
 
     @classmethod
@@ -68,12 +71,15 @@ class Classifier:
         mesh = mesh or local_mesh()
         whole = paths.join(model_dir, "export", "config.json")
         if is_run(model_dir) and not paths.exists(whole):
-            start = open_run(model_dir)
+            kind, options = read_options(model_dir)
+            start = start_of(kind, options)
             if start.kind != cls.kind:
                 raise InputError(f"{model_dir}: is a run of train {start.kind}, not of train {cls.kind}")
             definition, params = start.checkpoint(model_dir, mesh)
             params = jax.tree.map(lambda x: x.astype(dtype), params)
-            return cls(definition, params, start.raw, start.chat, start.pad, dtype, mesh, start.model.rule_ids)
+            about = about_run(start, options, model_dir)
+            own = (definition, params, start.raw, start.chat, start.pad)
+            return cls(*own, dtype, mesh, start.model.rule_ids, about=about)
         folder = open_folder(model_dir)
         if not folder.is_classifier:
             head = f"its head is {listed(folder.other_heads)}; only a linear `score` without bias is read"
@@ -91,7 +97,8 @@ class Classifier:
                 "before it",
                 stacklevel=2,
             )
-        return cls(definition, params, folder.raw, chat, pad, dtype, mesh, rule_ids, folder.path)
+        about = About(models=[str(model_dir)], license=license_of(folder.path))
+        return cls(definition, params, folder.raw, chat, pad, dtype, mesh, rule_ids, folder.path, about)
 
     @classmethod
     def _labels(cls, folder: Folder) -> tuple[str, ...]:
@@ -107,7 +114,7 @@ class Classifier:
 
     def save_pretrained(self, out_dir: str | os.PathLike) -> None:
         """Write a folder that transformers loads as ``AutoModelForSequenceClassification``."""
-        save_model(out_dir, self._params, self._raw, self.chat, self.pad, rule_ids=self.rule_ids)
+        save_model(out_dir, self._params, self._raw, self.chat, self.pad, self._about, self.rule_ids)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

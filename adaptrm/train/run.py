@@ -1,5 +1,6 @@
 """``adaptrm train``: from options to a run folder with checkpoints, metrics and an exported model."""
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,7 +29,16 @@ from adaptrm.train.losses import check_loss
 from adaptrm.train.optimizer import make_optimizer
 from adaptrm.train.profiler import profiled
 from adaptrm.train.save import save_model
-from adaptrm.train.start import Start, follow_checkpoint, pinned, read_run, start_of, with_rule_ids
+from adaptrm.train.start import (
+    EXAMPLES,
+    Start,
+    about_run,
+    follow_checkpoint,
+    pinned,
+    read_run,
+    start_of,
+    with_rule_ids,
+)
 from adaptrm.train.state import init_state
 from adaptrm.train.step import Answers, Kind, make_step
 from adaptrm.train.throughput import Throughput, multiplied_parameters
@@ -36,7 +46,7 @@ from adaptrm.train.trackers import check_trackers
 from adaptrm.watchdog import LOADING, doing
 from adaptrm.yaml_text import read_yaml
 
-EXAMPLES = "examples.sha256"
+DIGEST = "examples.sha256"
 UNITS = {"judge": "replies", "reward": "pairs", "adapter": "pairs"}
 # Options that a run may change when it goes on: they do not touch what is computed.
 FREE = ("mesh", "checkpoint", "log_every_steps", "trackers", "max_nonfinite_steps", "watchdog_seconds")
@@ -104,7 +114,8 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         if first:  # only now: options that led to an error above hold no folder
             say(f"{len(store)} {unit}, {steps} steps of {plan.rows_per_step} rows, {plan.padding:.1%} padding")
             _check_examples(out, data)
-            _claim(out, kind, options, data)
+            told = {"count": len(store), "unit": unit, "left": left, "rules": _pool(options)}
+            _claim(out, kind, options, data, told)
         counts = (multiplied_parameters(state.whole), multiplied_parameters(state.frozen))
         throughput = Throughput(start.config, *counts, store, plan, list(mesh.devices.flat), unit)
         config = to_yaml(kind, options)
@@ -117,8 +128,8 @@ def train(kind: Kind, options: TrainOptions, out: str | os.PathLike, profile: bo
         whole = state.whole
         del state, params  # room for what the weights are averaged with
         params = start.exported(definition, whole, mesh)
-        saved = (params, start.raw, start.chat, start.pad, start.name, start.model.rule_ids)
-        save_model(paths.join(out, "export"), *saved)
+        about = about_run(start, options, out)
+        save_model(paths.join(out, "export"), params, start.raw, start.chat, start.pad, about, start.model.rule_ids)
     return made | {"parameters": count, "padding": plan.padding}
 
 
@@ -161,10 +172,19 @@ def _from_anywhere(options: TrainOptions) -> TrainOptions:
     return replace(options, model=model, data=data, evaluation=held)
 
 
-def _claim(out: str | os.PathLike, kind: Kind, options: TrainOptions, examples: str) -> None:
-    """Write down what this run is: its options and the hash of its examples."""
-    for name, content in (("config.yaml", to_yaml(kind, options)), (EXAMPLES, examples + "\n")):
+def _claim(out: str | os.PathLike, kind: Kind, options: TrainOptions, digest: str, told: dict[str, Any]) -> None:
+    """Write down what this run is: its options, the hash of its examples and what its card will say of them."""
+    files = {"config.yaml": to_yaml(kind, options), DIGEST: digest + "\n", EXAMPLES: json.dumps(told, indent=2) + "\n"}
+    for name, content in files.items():
         paths.write_bytes(paths.join(out, name), content.encode())
+
+
+def _pool(options: TrainOptions) -> dict[str, Any] | None:
+    """The pool of a judge or an adapter, by name."""
+    if options.data.rules is None:
+        return None
+    pool = RulePool.load(options.data.rules)
+    return {"name": pool.name, "version": pool.version, "count": len(pool), "sha256": pool.hash}
 
 
 def _check_claim(out: str | os.PathLike, kind: Kind, options: TrainOptions) -> None:
@@ -183,7 +203,7 @@ def _check_claim(out: str | os.PathLike, kind: Kind, options: TrainOptions) -> N
 
 def _check_examples(out: str | os.PathLike, examples: str) -> None:
     """Raise where a run would go on with other data than it began with."""
-    file = paths.join(out, EXAMPLES)
+    file = paths.join(out, DIGEST)
     if paths.exists(file) and paths.read_bytes(file).decode("utf-8", "replace").strip() != examples:
         raise InputError(
             f"{out}: pairs, labels, rules or tokenizer have changed since this run began; give another --out"

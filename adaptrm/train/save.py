@@ -15,7 +15,7 @@ from adaptrm.data.chat import ChatTokenizer
 from adaptrm.errors import InputError
 from adaptrm.hf.export import model_config, save_weights, write_json
 from adaptrm.parallel.distributed import told_to_all
-from adaptrm.train.card import MARKS, Pad, trained_card
+from adaptrm.train.card import MARKS, About, Pad, model_card
 
 
 def save_model(
@@ -24,7 +24,7 @@ def save_model(
     raw: dict[str, Any],
     chat: ChatTokenizer,
     pad: Pad,
-    base_model: str | None = None,
+    about: About | None = None,
     rule_ids: Sequence[str] = (),
 ) -> None:
     """Write weights, config, tokenizer with its chat template, and model card; process 0 writes.
@@ -32,7 +32,7 @@ def save_model(
     Args:
         raw: the ``config.json`` of the model it started from.
         pad: pad token and its id; transformers pools a reward at the last token that is not pad.
-        base_model: the model it started from, for the card.
+        about: what the card says of it.
         rule_ids: the labels of an adapter; none of another model.
     """
     flat = dict(nnx.to_flat_state(params))
@@ -49,8 +49,9 @@ def save_model(
         }
     config = model_config(raw, None if head is None else head.shape[0], **fields)
     kind = "judge" if head is None else "adapter" if rule_ids else "reward"
-    card = trained_card(kind, dtype, pad, base_model)
-    save_folder(out, partial(save_weights, params), config, chat, pad[0], card)
+    save_folder(
+        out, partial(save_weights, params), config, chat, pad[0], model_card(kind, dtype, pad, about or About())
+    )
 
 
 def save_folder(

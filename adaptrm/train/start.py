@@ -18,12 +18,16 @@ from adaptrm.hf.load import abstract_model, load_weights
 from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
 from adaptrm.progress import say
 from adaptrm.rules import RulePool
+from adaptrm.train.card import About
+from adaptrm.train.card_files import Examples, read_file
 from adaptrm.train.checkpoint import METADATA, Checkpoints, find, stored_config
+from adaptrm.train.license import license_of
 from adaptrm.train.lora import merged, with_adapters
 from adaptrm.train.state import init_params, param_shardings, trained_and_frozen
 from adaptrm.train.step import Kind
 from adaptrm.yaml_text import read_yaml
 
+EXAMPLES = "examples.json"  # what a run's card says of its examples
 MODEL_TYPES = {"judge": CausalLM, "reward": SequenceClassifier, "adapter": SequenceClassifier}
 
 
@@ -146,6 +150,17 @@ def open_run(run: str | os.PathLike) -> Start:
 def is_run(model: str | os.PathLike) -> bool:
     """Whether this is a run folder, or one checkpoint of it."""
     return any(paths.exists(paths.join(model, name)) for name in ("config.yaml", METADATA))
+
+
+def about_run(start: Start, options: TrainOptions, run: str | os.PathLike) -> About:
+    """What the card of a run's model says of it."""
+    file = paths.join(find(run)[0].rpartition("/")[0], EXAMPLES)
+    return About(
+        models=[] if start.name is None else [start.name],
+        license=license_of(start.folder and start.folder.path),
+        options=options,
+        examples=read_file(file, Examples) if paths.exists(file) else None,  # earlier runs have none
+    )
 
 
 def read_options(run: str | os.PathLike) -> tuple[Kind, TrainOptions]:
