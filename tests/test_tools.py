@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 from commands import ENV, QUICK, pair_rows, write_rows
-from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
+from tiny import random_state, tiny_causal_lm, tiny_config, tiny_pairs, tiny_pool
+
+from adaptrm.data.chat import ChatTokenizer
+from adaptrm.models import SequenceClassifier
+from adaptrm.train.save import save_model
 
 TOOLS = Path(__file__).parent.parent / "tools"
 RULES = 3
@@ -91,3 +95,26 @@ def test_the_fit_of_evidence_is_measured():
     found = run("bench_evidence.py", "--pairs", "6000", "9000", "--rules", "20", "--part", "1000")
     assert found["good"] and [one["pairs_fitted"] for one in found["runs"]] == [6000, 9000]
     assert all(one[side]["cpu_seconds"] > 0 for one in found["runs"] for side in ("read", "fit"))
+
+
+@pytest.mark.slow
+def test_an_exported_reward_model_is_read_by_other_tools(tmp_path):
+    pytest.importorskip("trl")
+    tiny_causal_lm(tmp_path / "lm")
+    _, params = random_state(SequenceClassifier, tiny_config(), num_labels=1)
+    chat = ChatTokenizer.from_folder(tmp_path / "lm")
+    save_model(tmp_path / "model", params, tiny_config().to_hf(), chat, ("<|endoftext|>", 0))
+    here = ("--transformers-5", sys.executable, "--trl", sys.executable)
+    pairs = write_rows(tmp_path / "pairs.jsonl", [row | {"preferred": "b"} for row in pair_rows(tiny_pairs(3))])
+    found = run("check_interop.py", str(tmp_path / "model"), *here, "--pairs", str(pairs), "--limit", "2")
+    assert found["pairs"] == 9 and found["consumers"].keys() == {"transformers_5", "trl"}
+    ways = [way for told in found["consumers"].values() for way in told["ways"].values()]
+    assert len(ways) == 5 and all(0 < way["difference"] <= 1e-5 and way["other_verdicts"] == 0 for way in ways)
+
+    # A config that does not say that the label is a score: the pipeline gives out its sigmoid.
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["problem_type"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, str(TOOLS / "check_interop.py"), str(tmp_path / "model"), *here[:2]]
+    done = subprocess.run(command, env=ENV | QUICK, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "a consumer gives other scores" in done.stderr
