@@ -15,15 +15,23 @@ def export(
     run: Annotated[str, typer.Argument(help="Run folder of train, or one checkpoint of it: RUN/checkpoints/STEP.")],
     out: Annotated[str, typer.Argument(help="Hugging Face folder to write.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read it back and compare what it computes.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.float32,
+    results: Annotated[
+        list[str] | None, typer.Option(help="What evaluate wrote, for the model card; repeatable.")
+    ] = None,
+    overlap: Annotated[
+        list[str] | None, typer.Option(help="What overlap wrote, for the model card; repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model, in its card. [that of the folder]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a run's latest checkpoint as a Hugging Face folder."""
+    """Write a run's latest checkpoint as a Hugging Face folder, with a model card."""
     from adaptrm.parallel.distributed import start_processes
 
     start_processes()
     from adaptrm.export import export_run
 
-    verified = export_run(run, out, verify)
+    verified = export_run(run, out, verify, dtype.value, results or (), overlap or (), name)
     show({"export": out} | ({"verified_by": verified} if verify else {}), as_json)
 
 
