@@ -58,7 +58,7 @@ def export_run(
             that rounding them is no difference; how far it moves the checkpoint's own values is said.
         results: files of ``adaptrm evaluate`` for the model card.
         overlaps: files of ``adaptrm overlap`` for the model card.
-        name: of the model, for the hub's tables of results; None is that of the folder.
+        name: of the model on the hub, for its tables of results; None is that of the folder.
 
     Returns:
         Largest difference from what the weights compute for some conversations (rewards of a reward model, logits of
@@ -70,7 +70,7 @@ def export_run(
         RuntimeError: a difference is above the tolerance.
     """
     shown = {
-        "name": name or model_name(str(out)),
+        "name": (name or model_name(str(out))).rpartition("/")[2],
         "results": [read_file(file, Result) for file in results],
         "overlaps": [read_file(file, Overlap) for file in overlaps],
     }

@@ -223,7 +223,7 @@ LAYERS = [
     ["evidence"],
     ["train"],
     ["evaluate"],
-    ["reward_model", "rule_adapter", "label", "export"],
+    ["reward_model", "rule_adapter", "label", "export", "push"],
     ["plan", "doctor", "report", "demo", "merge", "explain"],
     ["rule_verbs", "measure_verbs", "model_verbs"],
     ["cli"],
