@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from adaptrm.errors import InputError
 from adaptrm.options import Dtype, Json
 from adaptrm.results import show
 
@@ -22,17 +23,28 @@ def export(
     overlap: Annotated[
         list[str] | None, typer.Option(help="What overlap wrote, for the model card; repeatable.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the model, in its card. [that of the folder]")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="OWNER/NAME: upload it there, to a private repository; never any data.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Upload to a public repository.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run's latest checkpoint as a Hugging Face folder, with a model card."""
+    """Write a run's latest checkpoint as a Hugging Face folder, with a model card; upload it where asked."""
     from adaptrm.parallel.distributed import start_processes
+    from adaptrm.push import check_push, push
 
+    if public and push_to_hub is None:
+        raise InputError("--public goes with --push-to-hub OWNER/NAME")
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     start_processes()
     from adaptrm.export import export_run
 
-    verified = export_run(run, out, verify, dtype.value, results or (), overlap or (), name)
-    show({"export": out} | ({"verified_by": verified} if verify else {}), as_json)
+    verified = export_run(run, out, verify, dtype.value, results or (), overlap or (), push_to_hub)
+    found = {"export": out} | ({"verified_by": verified} if verify else {})
+    if push_to_hub is not None:
+        found["hub"] = push(out, push_to_hub, public)
+    show(found, as_json)
 
 
 @model_app.command()

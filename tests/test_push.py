@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ENV, free_port
+from commands import ENV, free_port, in_process
 from hub import TOKEN, local_hub
 from refusals import refused
 from stores import new_folder, upload
@@ -168,3 +168,12 @@ def test_what_is_refused_before_anything_is_asked(folder, hub_of, monkeypatch, t
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE keeps everything from the hub" in refused(push, folder, "owner/name")
     assert not hub.requests
+
+
+def test_the_command_line_refuses_before_it_reads_the_run(tmp_path, monkeypatch, capsys):
+    for given, said in (
+        (["--public"], "--public goes with --push-to-hub OWNER/NAME"),
+        (["--push-to-hub", "no-owner"], "--push-to-hub: 'no-owner' is no name on the hub; give OWNER/NAME"),
+    ):
+        code, _, err = in_process(monkeypatch, capsys, "export", tmp_path / "no-run", tmp_path / "out", *given)
+        assert (code, err) == (2, f"adaptrm: {said}\n")
