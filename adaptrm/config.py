@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
@@ -21,7 +21,8 @@ Positive = Annotated[FiniteFloat, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 RowLength = Annotated[int, Field(gt=0, le=2**20)]
 Rows = Annotated[int, Field(gt=0, le=2**16)]
-VERBS = ("judge", "reward", "adapter")
+Kind = Literal["judge", "reward", "adapter"]  # what is trained
+VERBS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, config=STRICT)

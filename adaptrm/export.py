@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from adaptrm.card.files import Overlap, Result, read_file
+from adaptrm.card.markdown import model_name
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.data.chat_trees import conversation_tree
 from adaptrm.hf import load_weights, open_folder
@@ -21,8 +23,6 @@ from adaptrm.parallel import make_mesh, read_leaves
 from adaptrm.parallel.distributed import wait_for_all
 from adaptrm.products import product
 from adaptrm.progress import say
-from adaptrm.train.card_files import Overlap, Result, read_file
-from adaptrm.train.markdown import model_name
 from adaptrm.train.save import save_model
 from adaptrm.train.start import about_run, read_options, start_of
 

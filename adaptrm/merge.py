@@ -18,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from adaptrm import paths
+from adaptrm.card.license import license_of
+from adaptrm.card.page import About, model_card
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.errors import InputError
 from adaptrm.export import export_run
@@ -25,8 +27,6 @@ from adaptrm.hf.export import MAX_SHARD_BYTES, cut_into_shards, model_config, wr
 from adaptrm.hf.folder import HEAD, Folder, listed, open_folder
 from adaptrm.hf.weight_file import DTYPES, Stored, write_header
 from adaptrm.progress import progress, say
-from adaptrm.train.card import About, model_card
-from adaptrm.train.license import license_of
 from adaptrm.train.save import save_folder
 from adaptrm.train.start import is_run
 

@@ -1,5 +1,6 @@
 """The verbs that hand models over: parse, call, print, as ``cli.py`` does."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -58,6 +59,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Average the weights of models that were trained from one start, or of one and its start."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: NumPy averages, and no accelerator is taken
     from adaptrm.merge import merge as run
     from adaptrm.merge import read_weights
 

@@ -4,11 +4,11 @@ import os
 import re
 
 from adaptrm import paths
+from adaptrm.card.license import license_of
 from adaptrm.errors import InputError
 from adaptrm.hf.cache import local_copy
 from adaptrm.parallel.distributed import told_to_all
 from adaptrm.progress import say
-from adaptrm.train.license import license_of
 
 # What an export writes: weights, config, tokenizer, templates, card.
 FILES = re.compile(

@@ -13,16 +13,16 @@ from markdown_it import MarkdownIt
 from refusals import refused
 from tiny import tiny_causal_lm, tiny_pairs, tiny_pool
 
+from adaptrm.card.files import Baseline, Examples, Overlap, Pool, Result, Subset, read_file
+from adaptrm.card.license import DUTIES, License, license_of
+from adaptrm.card.markdown import data_name, model_name, one_line
+from adaptrm.card.page import About, model_card
 from adaptrm.config import parse_options
 from adaptrm.data.labels import Label, write_labels
 from adaptrm.errors import InputError
 from adaptrm.export import export_run
 from adaptrm.merge import merge
 from adaptrm.reward_model import RewardModel
-from adaptrm.train.card import About, model_card
-from adaptrm.train.card_files import Baseline, Examples, Overlap, Pool, Result, Subset, read_file
-from adaptrm.train.license import DUTIES, License, license_of
-from adaptrm.train.markdown import data_name, model_name, one_line
 from adaptrm.train.run import train
 
 PAD = ("<|endoftext|>", 0)

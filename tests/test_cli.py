@@ -220,7 +220,7 @@ LAYERS = [
     ["hf", "data", "rules"],
     ["selection", "calibration"],
     ["judge", "health", "confidence", "reliability"],  # the judge selects in the program that scores
-    ["evidence"],
+    ["evidence", "card"],
     ["train"],
     ["evaluate"],
     ["reward_model", "rule_adapter", "label", "export", "push"],

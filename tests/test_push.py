@@ -12,11 +12,11 @@ from refusals import refused
 from stores import new_folder, upload
 from tiny import random_state, tiny_config, tiny_tokenizer
 
+from adaptrm.card.license import License
+from adaptrm.card.page import About
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.models import SequenceClassifier
 from adaptrm.push import check_push, push
-from adaptrm.train.card import About
-from adaptrm.train.license import License
 from adaptrm.train.save import save_model
 
 EXPORT = {

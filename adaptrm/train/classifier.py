@@ -15,6 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from adaptrm import paths
+from adaptrm.card.license import license_of
+from adaptrm.card.page import About
+from adaptrm.config import Kind
 from adaptrm.data.chat import ChatTokenizer, pad_can_end
 from adaptrm.errors import InputError
 from adaptrm.hf.folder import Folder, listed, open_folder
@@ -23,11 +26,8 @@ from adaptrm.models import SequenceClassifier
 from adaptrm.models.heads import label_logits
 from adaptrm.parallel import local_mesh, read_leaves
 from adaptrm.prefix_tree import PrefixTree
-from adaptrm.train.card import About
-from adaptrm.train.license import license_of
 from adaptrm.train.save import save_model
 from adaptrm.train.start import about_run, is_run, read_options, start_of
-from adaptrm.train.step import Kind
 
 NAMES = {"reward": "reward model", "adapter": "rule adapter"}
 TREES_AT_ONCE = 256  # packed together; more would fill rows no better

@@ -10,13 +10,13 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from adaptrm.config import DataOptions, EvaluationOptions, LossOptions, TrainOptions
+from adaptrm.config import DataOptions, EvaluationOptions, Kind, LossOptions, TrainOptions
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.plan import Plan
 from adaptrm.errors import InputError
 from adaptrm.train.feed import device_batches
 from adaptrm.train.reports import Reports
-from adaptrm.train.step import Answers, Kind, loss_sums
+from adaptrm.train.step import Answers, loss_sums
 from adaptrm.watchdog import COMPILING, doing
 
 ACCURACY = "evaluation/accuracy"

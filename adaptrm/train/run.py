@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from adaptrm import paths
-from adaptrm.config import LossOptions, TrainOptions, to_yaml
+from adaptrm.config import Kind, LossOptions, TrainOptions, to_yaml
 from adaptrm.data.pipeline import TreeStore
 from adaptrm.data.plan import Plan, PlanOptions
 from adaptrm.errors import InputError
@@ -40,7 +40,7 @@ from adaptrm.train.start import (
     with_rule_ids,
 )
 from adaptrm.train.state import init_state
-from adaptrm.train.step import Answers, Kind, make_step
+from adaptrm.train.step import Answers, make_step
 from adaptrm.train.throughput import Throughput, multiplied_parameters
 from adaptrm.train.trackers import check_trackers
 from adaptrm.watchdog import LOADING, doing

@@ -11,11 +11,11 @@ import jax
 from flax import nnx
 
 from adaptrm import paths
+from adaptrm.card.page import MARKS, About, Pad, model_card
 from adaptrm.data.chat import ChatTokenizer
 from adaptrm.errors import InputError
 from adaptrm.hf.export import model_config, save_weights, write_json
 from adaptrm.parallel.distributed import told_to_all
-from adaptrm.train.card import MARKS, About, Pad, model_card
 
 
 def save_model(

@@ -9,7 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from adaptrm import paths
-from adaptrm.config import ModelOptions, TrainOptions, parse_options
+from adaptrm.card.files import Examples, read_file
+from adaptrm.card.license import license_of
+from adaptrm.card.page import About
+from adaptrm.config import Kind, ModelOptions, TrainOptions, parse_options
 from adaptrm.data.chat import ChatTokenizer, choose_pad_token, pad_can_end
 from adaptrm.errors import InputError
 from adaptrm.hf.cache import local_copy
@@ -18,13 +21,9 @@ from adaptrm.hf.load import abstract_model, load_weights
 from adaptrm.models import CausalLM, ModelConfig, SequenceClassifier
 from adaptrm.progress import say
 from adaptrm.rules import RulePool
-from adaptrm.train.card import About
-from adaptrm.train.card_files import Examples, read_file
 from adaptrm.train.checkpoint import METADATA, Checkpoints, find, stored_config
-from adaptrm.train.license import license_of
 from adaptrm.train.lora import merged, with_adapters
 from adaptrm.train.state import init_params, param_shardings, trained_and_frozen
-from adaptrm.train.step import Kind
 from adaptrm.yaml_text import read_yaml
 
 EXAMPLES = "examples.json"  # what a run's card says of its examples

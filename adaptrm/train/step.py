@@ -1,14 +1,13 @@
 """One optimizer step over a batch of packed rows, as one jitted program."""
 
 from functools import lru_cache
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from adaptrm.config import LossOptions, OptimizerOptions
+from adaptrm.config import Kind, LossOptions, OptimizerOptions
 from adaptrm.hf.load import logical_axes
 from adaptrm.models.decoder import Remat
 from adaptrm.models.heads import answer_log_probabilities, label_logits
@@ -18,7 +17,6 @@ from adaptrm.train.losses import answer_cross_entropy, label_cross_entropy, rewa
 from adaptrm.train.optimizer import learning_rate, make_optimizer
 from adaptrm.train.state import TrainState, pinned
 
-Kind = Literal["reward", "judge", "adapter"]
 Answers = tuple[tuple[int, ...], ...]
 
 

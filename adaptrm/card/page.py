@@ -7,14 +7,13 @@ called by their names alone, never by the folders of the machine that they lie o
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptrm.config import DataOptions, TrainOptions
+from adaptrm.card.benchmarks import eval_results, overlap_markdown, results_markdown
+from adaptrm.card.files import Examples, Overlap, Pool, Result
+from adaptrm.card.license import License
+from adaptrm.card.markdown import data_name, model_name, on_hub, one_line, plain, table
+from adaptrm.config import DataOptions, Kind, TrainOptions
 from adaptrm.data.rows import hub_name
 from adaptrm.judge.pair_prompt import TEXT
-from adaptrm.train.benchmarks import eval_results, overlap_markdown, results_markdown
-from adaptrm.train.card_files import Examples, Overlap, Pool, Result
-from adaptrm.train.license import License
-from adaptrm.train.markdown import data_name, model_name, on_hub, one_line, plain, table
-from adaptrm.train.step import Kind
 
 # In the card of every folder that is written here; the second is of earlier ones.
 MARKS = (b"tags:\n- adaptrm\n", b"tags: [adaptrm,")

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from adaptrm.train.card_files import Ends, Overlap, Result
-from adaptrm.train.markdown import data_name, one_line, plain, table
+from adaptrm.card.files import Ends, Overlap, Result
+from adaptrm.card.markdown import data_name, one_line, plain, table
 
 # Suites by the names under which the hub knows their data.
 HUB_DATA = {
