@@ -6,20 +6,18 @@ import numpy as np
 from jaxtyping import Float64, UInt64
 
 RESAMPLES = 2000
-# P(X <= k) of a Poisson variable with mean 1, as far as float64 tells it from 1.
-POISSON = np.cumsum(np.exp(-1) / np.cumprod([1.0, *range(1, 19)]))
 
 
 def draws(prompts: UInt64[np.ndarray, " prompts"]) -> Float64[np.ndarray, "prompts resamples"]:
-    """How often each prompt comes in each resample: the Poisson bootstrap (Chamandy et al. 2012), by hash.
+    """What each prompt weighs in each resample: exponential weights with mean 1, the Bayesian bootstrap (Rubin 1981).
 
-    A function of the prompt and the number of the resample alone. So nothing has to be held to draw from, all pairs of
-    a prompt come and go together, and two models are compared on the same draws.
+    They are a hash of the prompt and the number of the resample. So nothing has to be held to draw from, all pairs of a
+    prompt weigh more or less together, and two models are compared on the same draws. No weight is nought: a subset of
+    few pairs, and a section of such, has a mean in every resample.
     """
     counter = np.arange(1, RESAMPLES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed = _mixed(_mixed(prompts)[:, None] + counter)
-    uniform = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return np.searchsorted(POISSON, uniform, side="right").astype(np.float64)
+    return -np.log(((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -70,11 +68,10 @@ class Cells:
         return round(self._sums[cell][0, 0])
 
     def means(self) -> dict[str, Float64[np.ndarray, "scorers 1+resamples"]]:
-        """Of each cell the mean of each scorer, and in each resample; NaN in one that does not draw from the cell."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return {cell: sums[1:] / sums[0] for cell, sums in self._sums.items()}
+        """Of each cell the mean of each scorer, and in each resample."""
+        return {cell: sums[1:] / sums[0] for cell, sums in self._sums.items()}
 
 
 def interval(resampled: np.ndarray) -> list[float]:
     """The 95 % percentile interval of bootstrap draws."""
-    return [float(x) for x in np.nanquantile(resampled, (0.025, 0.975))]
+    return [float(x) for x in np.quantile(resampled, (0.025, 0.975))]

@@ -58,7 +58,8 @@ def evaluate(
     """
     if not str(out).endswith(".json"):
         raise InputError(f"{out}: results are JSON; give --out FILE.json")
-    paths.check_apart(rows_file(out), data)
+    for written in (out, rows_file(out), _leaderboard_file(out)):
+        paths.check_apart(written, data)
     first, tie = jax.process_index() == 0, np.array([0.0] + [0.5] * len(trivial))
     cells, diagnostics, earn = Cells(len(tie)), Diagnostics(), suite.earn()
     of_subsets: dict[str, int] = {}
@@ -96,7 +97,7 @@ def evaluate(
     if first:
         _write(out, result)
         if suite.leaderboard is not None:
-            _write(str(out).removesuffix(".json") + ".leaderboard.json", leaderboard(result, suite.leaderboard))
+            _write(_leaderboard_file(out), leaderboard(result, suite.leaderboard))
     return result
 
 
@@ -109,6 +110,10 @@ def leaderboard(result: Mapping[str, Any], values: str) -> dict[str, Any]:
     found = result[values]
     scores = {name: one["accuracy"] if values == "subsets" else one for name, one in found.items()}
     return {"model": result["model"], "model_type": "Seq. Classifier", "chat_template": "tokenizer"} | scores
+
+
+def _leaderboard_file(out: str | os.PathLike) -> str:
+    return str(out).removesuffix(".json") + ".leaderboard.json"
 
 
 def _write(file: str | os.PathLike, value: Mapping[str, Any]) -> None:
