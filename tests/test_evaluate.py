@@ -154,6 +154,16 @@ def test_pairs_of_one_prompt_are_not_independent():
     assert (naive[1] - naive[0]) < 0.4 * (alone[1] - alone[0])
 
 
+def test_names_of_cells_that_numpy_would_not_tell_apart():
+    cells = Cells(1)
+    cells.add(["x", "x\0", "x" * 10**6], np.arange(3, dtype=np.uint64), np.array([[1.0], [0.0], [0.0]]))
+    assert {name: (cells.count(name), value[0, 0]) for name, value in cells.means().items()} == {
+        "x": (1, 1),
+        "x\0": (1, 0),
+        "x" * 10**6: (1, 0),
+    }
+
+
 TEXTS = [
     ResponseSet("r", prompt("a"), ("I'm sorry, I cannot.", "Sure, here it is, at length."), (1.0, 0.0), "refuse"),
     ResponseSet("s", prompt("b"), ("Sure thing.", "I am unable to do that: it is illegal."), (1.0, 0.0), "respond"),

@@ -50,9 +50,10 @@ class Cells:
         which, of = np.unique(prompts, return_inverse=True)
         weights = np.concatenate([np.ones((len(which), 1)), draws(which)], axis=1)
         earned = np.concatenate([np.ones((len(cells), 1)), values], axis=1)
-        names = np.asarray(cells)
-        for cell in dict.fromkeys(cells):
-            inside = names == cell
+        by_cell: dict[str, list[int]] = {}  # no array of names: NumPy pads all to the longest, and drops a final NUL
+        for unit, cell in enumerate(cells):
+            by_cell.setdefault(cell, []).append(unit)
+        for cell, inside in by_cell.items():
             by_prompt = np.zeros((len(which), 1 + self.scorers))
             np.add.at(by_prompt, of[inside], earned[inside])
             found = by_prompt.T @ weights

@@ -188,7 +188,7 @@ def for_people(result: dict[str, Any]) -> dict[str, Any]:
             *("" if value is None else f"{100 * value:.1f}" for value in by_length),
         )
     for name, one in result["baselines"].items():
-        models.add_row(f"scorer: {printable(name)}", "", f"{100 * one['accuracy']:.1f}", "", "", "", "", "")
+        models.add_row(Text(f"scorer: {printable(name)}"), "", f"{100 * one['accuracy']:.1f}", "", "", "", "", "")
     tables = [models]
     for one in result["differences"]:
         title = Text(f"{printable(one['model'])} less {printable(one['less'])}")

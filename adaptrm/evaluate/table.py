@@ -39,7 +39,7 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
     for name, one in result["baselines"].items():
         low, high = (100 * end for end in one["ci95"])
         less = f"{100 * one['model_less_this']:+.1f} ({low:+.1f} to {high:+.1f})"
-        table.add_row(f"scorer: {printable(name)}", "model less it", f"{100 * one['accuracy']:.1f}", less)
+        table.add_row(Text(f"scorer: {printable(name)}"), "model less it", f"{100 * one['accuracy']:.1f}", less)
     remarks = [suite.remark] if suite.remark else []
     if short := result.get("incomplete"):
         absent = [subset for subset, count in short.items() if not count["n"]]
