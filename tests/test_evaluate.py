@@ -155,6 +155,24 @@ def test_pairs_of_one_prompt_are_not_independent():
     assert (naive[1] - naive[0]) < 0.4 * (alone[1] - alone[0])
 
 
+def test_names_of_cells_that_numpy_would_not_tell_apart():
+    cells = Cells(1)
+    cells.add(["x", "x\0", "x" * 10**6], np.arange(3, dtype=np.uint64), np.array([[1.0], [0.0], [0.0]]))
+    assert {name: (cells.count(name), value[0, 0]) for name, value in cells.means().items()} == {
+        "x": (1, 1),
+        "x\0": (1, 0),
+        "x" * 10**6: (1, 0),
+    }
+
+
+def test_means_over_cells_that_few_draws_have_all_of_have_no_interval():
+    cells = Cells(1)
+    cells.add(["x", "y"], np.arange(2, dtype=np.uint64), np.ones((2, 1)))
+    means = cells.means()
+    assert interval(means["x"][0, 1:]) == [1, 1]  # 1 - 1/e of the draws
+    assert interval(means["x"][0, 1:] + means["y"][0, 1:]) is None  # (1 - 1/e)^2
+
+
 TEXTS = [
     ResponseSet("r", prompt("a"), ("I'm sorry, I cannot.", "Sure, here it is, at length."), (1.0, 0.0), "refuse"),
     ResponseSet("s", prompt("b"), ("Sure thing.", "I am unable to do that: it is illegal."), (1.0, 0.0), "respond"),

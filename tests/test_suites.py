@@ -102,8 +102,8 @@ def test_ties_are_means_over_prompts(tmp_path):
 
 
 def test_overall_is_the_plain_mean_of_six_domains(tmp_path):
-    rows = [of_four(domain, "1", 2, 1, 1, 1) for domain in PUBLISHED if domain != "Ties"]
-    rows += [of_four("Safety", str(i), 1, 2, 1, 1) for i in range(2, 9)] + TIES_CASES["not hard"][0]
+    rows = [of_four(domain, str(i), 2, 1, 1, 1) for domain in PUBLISHED if domain != "Ties" for i in range(4)]
+    rows += [of_four("Safety", str(i), 1, 2, 1, 1) for i in range(4, 32)] + TIES_CASES["not hard"][0]
     result, _ = evaluated("rewardbench-2", rows, tmp_path)
     expected = (4 + 1 / 8 + TIES_CASES["not hard"][1]) / 6
     assert result["overall"] == pytest.approx(expected)

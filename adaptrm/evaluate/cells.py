@@ -52,9 +52,10 @@ class Cells:
         which, of = np.unique(prompts, return_inverse=True)
         weights = np.concatenate([np.ones((len(which), 1)), draws(which)], axis=1)
         earned = np.concatenate([np.ones((len(cells), 1)), values], axis=1)
-        names = np.asarray(cells)
-        for cell in dict.fromkeys(cells):
-            inside = names == cell
+        by_cell: dict[str, list[int]] = {}  # no array of names: NumPy pads all to the longest, and drops a final NUL
+        for unit, cell in enumerate(cells):
+            by_cell.setdefault(cell, []).append(unit)
+        for cell, inside in by_cell.items():
             by_prompt = np.zeros((len(which), 1 + self.scorers))
             np.add.at(by_prompt, of[inside], earned[inside])
             found = by_prompt.T @ weights
@@ -75,6 +76,12 @@ class Cells:
             return {cell: sums[1:] / sums[0] for cell, sums in self._sums.items()}
 
 
-def interval(resampled: np.ndarray) -> list[float]:
-    """The 95 % percentile interval of bootstrap draws."""
-    return [float(x) for x in np.nanquantile(resampled, (0.025, 0.975))]
+def interval(resampled: np.ndarray) -> list[float] | None:
+    """The 95 % percentile interval of bootstrap draws.
+
+    None where fewer than half of them draw from every cell: a mean over cells of a row or two has no interval.
+    """
+    drawn = resampled[~np.isnan(resampled)]
+    if 2 * len(drawn) < len(resampled):
+        return None
+    return [float(x) for x in np.quantile(drawn, (0.025, 0.975))]
