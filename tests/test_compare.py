@@ -232,6 +232,8 @@ def test_by_the_command_line(tmp_path, monkeypatch, capsys):
     assert code == 0 and json.loads(out) == json.loads((tmp_path / "c.json").read_text())
     shown = " ".join(text_of(json.loads(out)).split())
     assert "[red]this less first" in shown and "+50.0" in shown and "scorer: shorter" in shown
+    code, _, err = in_process(monkeypatch, capsys, "compare", *files, "--out", files[1])
+    assert code == 2 and err == f"adaptrm: {files[1]}: is what is read; give another --out\n"
     code, _, err = in_process(monkeypatch, capsys, "compare", files[0])
     assert code == 2 and err == "adaptrm: compare needs two results or more: A.json B.json\n"
 

@@ -14,7 +14,7 @@ from adaptrm.data.preferences import ResponseSet, hash_id
 from adaptrm.errors import InputError
 from adaptrm.evaluate.cells import Cells, interval
 from adaptrm.evaluate.diagnostics import Diagnostics
-from adaptrm.evaluate.row_file import rows_file, writing_rows
+from adaptrm.evaluate.row_file import check_out, rows_file, writing_rows
 from adaptrm.evaluate.suite import ALL, Row, Suite, overall_of
 from adaptrm.evaluate.trivial import TRIVIAL
 from adaptrm.parallel.distributed import gathered
@@ -22,6 +22,7 @@ from adaptrm.parallel.distributed import gathered
 Scorer = Callable[[list[ResponseSet]], Sequence[np.ndarray]]  # the rewards of each set's responses
 Trivial = Callable[[ResponseSet], Sequence[float]]
 SETS_AT_ONCE = 256
+MOST_SUBSETS = 1000  # each takes some 100 KiB, for its resamples
 
 
 def evaluate(
@@ -54,11 +55,10 @@ def evaluate(
         counts: what else the result counts (rows that were skipped), asked when all sets have been read.
 
     Raises:
-        InputError: no set has a preference, or a reward is not finite; nothing is written.
+        InputError: no set has a preference, a reward is not finite, there are more than ``MOST_SUBSETS`` subsets, or
+            ``out`` is what is read; nothing is written.
     """
-    if not str(out).endswith(".json"):
-        raise InputError(f"{out}: results are JSON; give --out FILE.json")
-    paths.check_apart(rows_file(out), data)
+    check_out(out, data)
     first, tie = jax.process_index() == 0, np.array([0.0] + [0.5] * len(trivial))
     cells, diagnostics, earn = Cells(len(tie)), Diagnostics(), suite.earn()
     of_subsets: dict[str, int] = {}
@@ -78,17 +78,22 @@ def evaluate(
             for one, of_model in zip(known, rewards, strict=True):
                 scores = np.array([of_model, *(of(one) for of in trivial.values())], np.float64)
                 rows += _rows(one, scores, tie, suite)
-                diagnostics.add(of_model, np.array([len(text) for text in one.responses]), _chosen(one))
+                diagnostics.add(scores[0], np.array([len(text) for text in one.responses]), _chosen(one))
             earned = [(cell, row.prompt, values) for row in rows for cell, values in earn(row)]
             names, prompts, values = zip(*earned, strict=True)
             cells.add(names, np.array(prompts, np.uint64), np.array(values, np.float64))
             for row in rows:
                 of_subsets[row.subset] = of_subsets.get(row.subset, 0) + 1
                 ties += row.scores[0, : row.chosen].max() == row.scores[0, row.chosen :].max()
+            if len(of_subsets) > MOST_SUBSETS:
+                raise InputError(
+                    f"{data}: has more than {MOST_SUBSETS} subsets; each is a figure: drop or merge the column subset"
+                )
             write(rows)
         # In here, so that what is wrong with all rows together leaves no file of rows behind.
         if not of_subsets:
-            raise InputError(f"{data}: no pair says which response is preferred; there is nothing to measure")
+            what = "no pair says which response is preferred" if skipped else f"has no rows of suite {name}"
+            raise InputError(f"{data}: {what}; there is nothing to measure")
     named = {"suite": name, "model": model, "dtype": dtype, "n": sum(of_subsets.values()), "skipped": skipped}
     left = {name: count() for name, count in (counts or {}).items()}
     figures = _figures(suite, cells, of_subsets, tuple(trivial))
@@ -123,8 +128,8 @@ def _scored(scorer: Scorer, sets: Iterator[ResponseSet], who: str) -> Iterator[t
         mine = known[number * SETS_AT_ONCE : (number + 1) * SETS_AT_ONCE]
         table = np.zeros((SETS_AT_ONCE, max(len(one.responses) for one in known)), np.float32)
         if mine:
-            for row, rewards in zip(table, scorer(mine), strict=False):
-                row[: len(rewards)] = rewards
+            for row, one, rewards in zip(table[: len(mine)], mine, scorer(mine), strict=True):
+                row[: len(one.responses)] = rewards
         table = gathered(table).reshape(-1, table.shape[1])
         found = [row[: len(one.responses)] for one, row in zip(known, table, strict=False)]
         for one, rewards in zip(known, found, strict=True):
