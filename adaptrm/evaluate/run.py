@@ -100,19 +100,21 @@ def evaluate(
     result = named | {"ties": int(ties)} | left | figures | diagnostics.found()
     if first:
         _write(out, result)
-        if suite.leaderboard is not None:
-            _write(str(out).removesuffix(".json") + ".leaderboard.json", leaderboard(result, suite.leaderboard))
+        for ending, (kind, names) in suite.leaderboard.items():
+            if any(name in result[kind] for name in names):
+                _write(str(out).removesuffix(".json") + ending, leaderboard(result, kind, names))
     return result
 
 
-def leaderboard(result: Mapping[str, Any], values: str) -> dict[str, Any]:
+def leaderboard(result: Mapping[str, Any], kind: str, names: Sequence[str]) -> dict[str, Any]:
     """A result in the form that the leaderboards of RewardBench take (``eval-set/OWNER/MODEL.json``).
 
     Args:
-        values: ``subsets`` or ``sections``.
+        kind: ``subsets`` or ``sections``.
+        names: those that the file holds, where they were measured.
     """
-    found = result[values]
-    scores = {name: one["accuracy"] if values == "subsets" else one for name, one in found.items()}
+    found = {name: result[kind][name] for name in names if name in result[kind]}
+    scores = {name: one["accuracy"] if kind == "subsets" else one for name, one in found.items()}
     return {"model": result["model"], "model_type": "Seq. Classifier", "chat_template": "tokenizer"} | scores
 
 
@@ -177,10 +179,11 @@ def _figures(suite: Suite, cells: Cells, of_subsets: Mapping[str, int], trivial:
     found["sections_ci95"] = {section: interval(value[0, 1:]) for section, value in sections.items()}
     if suite.overall:
         found["missing_sections"] = [s for s in suite.overall if s not in sections and s not in suite.optional]
+        without = {s for section in suite.optional if section not in sections for s in suite.members[section]}
         incomplete = {
             subset: {"n": of_subsets.get(subset, 0), "published": n}
             for subset, n in suite.published.items()
-            if of_subsets.get(subset, 0) != n
+            if of_subsets.get(subset, 0) != n and subset not in without
         }
         found |= {"complete": not incomplete, "incomplete": incomplete}
     found["subsets"] = {

@@ -43,8 +43,9 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
     remarks = [suite.remark] if suite.remark else []
     if short := result.get("incomplete"):
         absent = [subset for subset, count in short.items() if not count["n"]]
+        whole = [subset for subset in suite.published if subset in subsets or subset in short]
         remarks.append(
-            f"Not the benchmark's own figures: {len(short)} of {len(suite.published)} subsets differ from the "
+            f"Not the benchmark's own figures: {len(short)} of {len(whole)} subsets differ from the "
             "published set" + (f"; absent: {', '.join(absent)}." if absent else ".")
         )
     table.caption = "\n".join(remarks) or None
