@@ -49,8 +49,15 @@ def evaluate(
     from adaptrm.parallel.distributed import start_processes
 
     start_processes()
+    from adaptrm.evaluate.row_file import check_out
+
+    check_out(out, data, prior_sets, tfidf)
     if prior_sets is not None and suite is not Suite.rewardbench:
         raise InputError("--prior-sets goes with --suite rewardbench")
+    if scores is not None and suite is not Suite.rules:
+        raise InputError("--scores goes with --suite rules")
+    if tfidf is not None and tfidf in (data, prior_sets):
+        raise InputError(f"--tfidf {tfidf}: are the pairs that are measured; give those of training")
     if suite is Suite.rules:
         from adaptrm.evaluate import rule_choice
         from adaptrm.rule_adapter import RuleAdapter
@@ -100,7 +107,10 @@ def compare(
     from adaptrm import paths
     from adaptrm.evaluate.compare import as_text, for_people
     from adaptrm.evaluate.compare import compare as run
+    from adaptrm.evaluate.row_file import check_out
 
+    if out is not None:
+        check_out(out, *results)
     result = run(results)
     if out is not None:
         paths.write_bytes(out, as_text(result))

@@ -1,6 +1,9 @@
 """``adaptrm compare``: paired differences of two models, by sums worked by hand and by other code."""
 
 import json
+import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +39,7 @@ def test_differences_of_a_case_worked_by_hand(tmp_path):
     found = compare(files)
     (difference,) = found["differences"]
     assert (difference["model"], difference["less"]) == ("this", "first")
-    every = difference["subsets"]["All rows"]
+    every = difference["overall"]["All rows"]
     assert (every["first"], every["this"]) == (0.5, pytest.approx(4 / 6))
     assert every["difference"] == pytest.approx(1 / 6)
     low, high = every["ci95"]
@@ -73,16 +76,28 @@ def test_mcnemar_equals_the_binomial_test_and_the_chi_squared_one():
     assert one.test([]) == {}
 
 
-def test_pairs_of_one_prompt_count_as_one():
-    """Durkalski et al. 2003: by prompts' sums; ten pairs a prompt that go together tell as much as one."""
-    stats = pytest.importorskip("scipy.stats")
+def discordant(*clusters: tuple[float, ...]) -> Discordant:
+    """Of prompts, each with so many differences."""
     one = Discordant()
-    for prompt in range(20):
-        for _ in range(10):
-            one.add("x", prompt, 1.0 if prompt < 14 else -1.0)
-    found = one.test(["x"])
+    for prompt, differences in enumerate(clusters):
+        for more in differences:
+            one.add("x", prompt, more)
+    return one
+
+
+def test_pairs_of_one_prompt_count_as_one():
+    """By prompts' sums: ten pairs a prompt that go together tell as much as one."""
+    stats = pytest.importorskip("scipy.stats")
+    found = discordant(*[(1.0,) * 10] * 14, *[(-1.0,) * 10] * 6).test(["x"])
     assert (found["this_alone"], found["first_alone"]) == (140, 60)
-    assert found["p"] == pytest.approx(stats.chi2.sf((14 - 6) ** 2 / 20, 1))
+    assert found["p"] == pytest.approx(stats.binomtest(14, 20).pvalue)
+    # A prompt whose rows even out tells nothing, and of unequal sums a large one tells more.
+    assert discordant(*[(1.0,)] * 14, *[(-1.0,)] * 6, (1.0, -1.0)).test(["x"])["p"] == pytest.approx(found["p"])
+    unequal = discordant(*[(1.0,) * 2] * 10, *[(1.0,)] * 4, *[(-1.0,)] * 6).test(["x"])
+    assert unequal["p"] == pytest.approx(stats.chi2.sf((20 + 4 - 6) ** 2 / (10 * 4 + 10), 1))
+    # Credits of a third: three of one prompt make a whole, but for rounding.
+    thirds = discordant(*[(1 / 3,) * 3] * 13, (1.0,), *[(-0.2,) * 5] * 6).test(["x"])
+    assert thirds["p"] == pytest.approx(found["p"])
     # Cells of one section whose rows share a prompt are one cluster too.
     both = Discordant()
     for prompt in range(20):
@@ -97,7 +112,7 @@ def test_intervals_are_paired_and_cover_what_they_should(tmp_path):
     first = rng.random(400) < 0.7
     this = np.where(rng.random(400) < 0.05, ~first, first)
     files = results(tmp_path, {"first": first, "this": this}, range(400), ["x"] * 400)
-    one = compare(files)["differences"][0]["subsets"]["All rows"]
+    one = compare(files)["differences"][0]["overall"]["All rows"]
     own = json.loads((tmp_path / "first.json").read_text())["ci95"]
     low, high = one["ci95"]
     d = this.astype(float) - first
@@ -110,10 +125,10 @@ def test_a_model_against_itself_and_several_models(tmp_path):
     files = results(tmp_path, {"a": right, "b": right, "c": ~right}, [i // 2 for i in range(10)], ["x"] * 10)
     found = compare(files)
     assert [one["model"] for one in found["differences"]] == ["b", "c"]
-    same = found["differences"][0]["subsets"]["All rows"]
+    same = found["differences"][0]["overall"]["All rows"]
     assert (same["difference"], same["ci95"], same["p"]) == (0, [0, 0], 1)
     there, back = compare(files[::2]), compare(files[::-2])
-    there, back = (one["differences"][0]["subsets"]["All rows"] for one in (there, back))
+    there, back = (one["differences"][0]["overall"]["All rows"] for one in (there, back))
     assert there["difference"] == -back["difference"] and there["p"] == back["p"]
     assert there["ci95"] == pytest.approx([-end for end in back["ci95"][::-1]])
 
@@ -127,7 +142,7 @@ def test_sections_weigh_subsets_as_the_benchmark_does(tmp_path):
     assert safety["first"] == pytest.approx(0.5 * 100 / 350)
     assert safety["this"] == pytest.approx((100 + 0.25 * 250) / 350)
     assert (safety["this_alone"], safety["first_alone"], safety["p"]) == (2, 0, 0.5)
-    assert difference["overall"] == {}
+    assert list(difference["overall"]) == ["All rows"]
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):
@@ -150,9 +165,64 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"suite": "pairs"}')
     with pytest.raises(InputError, match=r"x.json: is no result of adaptrm evaluate \(it has no model\)"):
         compare([a, tmp_path / "x.json"])
+    with pytest.raises(InputError, match=r"is no result of adaptrm evaluate \(it has suite \[1\]\)"):
+        compare([a, edited(a, suite=[1])])
     (tmp_path / "x.json").write_text("[")
     with pytest.raises(InputError, match=r"x\.json: not valid JSON"):
         compare([a, tmp_path / "x.json"])
+
+
+def test_names_of_subsets_that_are_those_of_our_own_rows(tmp_path):
+    rights = {"first": np.array([1, 0, 0]), "this": np.array([1, 1, 1])}
+    (difference,) = compare(results(tmp_path, rights, range(3), ["All rows", "Overall", "x"]))["differences"]
+    subsets = {name: (one["first"], one["this_alone"], one["p"]) for name, one in difference["subsets"].items()}
+    assert subsets == {"All rows": (1, 0, 1), "Overall": (0, 1, 1), "x": (0, 1, 1)}
+    assert (difference["overall"]["All rows"]["this_alone"], difference["overall"]["All rows"]["p"]) == (2, 0.5)
+
+
+def edited(file, **values) -> str:
+    """A copy of a result with other values."""
+    copy = file.removesuffix(".json") + "-edited.json"
+    shutil.copy(file.removesuffix(".json") + ".rows.parquet", copy.removesuffix(".json") + ".rows.parquet")
+    Path(copy).write_text(json.dumps(json.loads(Path(file).read_text()) | values))
+    return copy
+
+
+def test_scorers_of_all_results_stand_beside_the_models(tmp_path):
+    a, b = results(tmp_path, {"a": np.ones(3), "b": np.zeros(3)}, range(3), "xyz")
+    words = {"accuracy": 0.5, "overall": None, "sections": {}, "model_less_this": 0.5, "ci95": [0, 1]}
+    a = edited(a, baselines=json.loads(Path(a).read_text())["baselines"] | {"TF-IDF": words})
+    others = edited(b, baselines={"TF-IDF": words | {"accuracy": 0.75}, "[/red]": words}, model="[/b]", subsets=[])
+    found = compare([b, a, others])
+    measured = {name: one["accuracy"] for name, one in found["baselines"].items()}
+    expected = {"longer": 0, "shorter": 1, "refusal words": 0.5, "TF-IDF": 0.5, "TF-IDF (of [/b])": 0.75, "[/red]": 0.5}
+    assert measured == expected
+    assert found["baselines"]["shorter"].keys() == {"accuracy", "overall", "sections"}  # nothing of one model alone
+    shown = " ".join(text_of(found).split())
+    assert "scorer: [/red]" in shown and "[/b] less b" in shown
+
+
+def test_two_results_of_one_name_are_told_apart(tmp_path):
+    (a,) = results(tmp_path, {"a": np.ones(3)}, range(3), "xyz")
+    shown = text_of(compare([a, edited(a, dtype="bfloat16")]))
+    assert "a (2) less a (1)" in " ".join(shown.split())
+
+
+def test_prompts_that_were_cut_need_not_be_the_same(tmp_path):
+    (tmp_path / "other").mkdir()
+    (a,) = results(tmp_path, {"a": np.ones(3)}, ["x", "x", "y"], "xyz")
+    (b,) = results(tmp_path / "other", {"b": np.zeros(3)}, range(3), "xyz")
+    with pytest.raises(InputError, match="is not row 1"):
+        compare([a, b])
+    found = compare([a, edited(b, truncated=1)])["differences"][0]["overall"]["All rows"]
+    assert (found["first_alone"], found["p"]) == (3, pytest.approx(math.erfc((9 / 5 / 2) ** 0.5)))  # prompts of a
+
+
+def text_of(result) -> str:
+    console = Console(width=120)
+    with console.capture() as text:
+        console.print(for_people(result)["table"])
+    return text.get()
 
 
 def test_by_the_command_line(tmp_path, monkeypatch, capsys):
@@ -160,11 +230,10 @@ def test_by_the_command_line(tmp_path, monkeypatch, capsys):
     files = results(tmp_path, rights, range(4), ["x"] * 4)
     code, out, _ = in_process(monkeypatch, capsys, "compare", *files, "--out", tmp_path / "c.json", "--json")
     assert code == 0 and json.loads(out) == json.loads((tmp_path / "c.json").read_text())
-    console = Console(width=120)
-    with console.capture() as text:
-        console.print(for_people(json.loads(out))["table"])
-    shown = " ".join(text.get().split())
+    shown = " ".join(text_of(json.loads(out)).split())
     assert "[red]this less first" in shown and "+50.0" in shown and "scorer: shorter" in shown
+    code, _, err = in_process(monkeypatch, capsys, "compare", *files, "--out", files[1])
+    assert code == 2 and err == f"adaptrm: {files[1]}: is what is read; give another --out\n"
     code, _, err = in_process(monkeypatch, capsys, "compare", files[0])
     assert code == 2 and err == "adaptrm: compare needs two results or more: A.json B.json\n"
 
@@ -176,4 +245,4 @@ def test_a_row_a_line_from_files_as_they_are(tmp_path):
     files = [str(tmp_path / f"{name}.json") for name in "ab"]
     for file in files:
         evaluate(scorer, suite, suite.read(rows, BadRows()), file, model=file, **named)
-    assert compare(files)["differences"][0]["subsets"]["All rows"]["difference"] == 0
+    assert compare(files)["differences"][0]["overall"]["All rows"]["difference"] == 0

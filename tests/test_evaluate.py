@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from commands import in_process
 
 from adaptrm.data.preferences import Pair, ResponseSet, hash_id, load_pairs
 from adaptrm.errors import InputError
 from adaptrm.evaluate import SUITES, evaluate
 from adaptrm.evaluate import run as evaluate_run
 from adaptrm.evaluate.cells import RESAMPLES, Cells, draws, interval
+from adaptrm.evaluate.row_file import writing_rows
 from adaptrm.evaluate.table import for_people
 from adaptrm.evaluate.trivial import TRIVIAL, fit_tfidf
 
@@ -230,18 +232,62 @@ def test_a_best_of_n_row_in_both_suites(tmp_path):
 
 
 def test_nothing_to_measure_is_an_error(tmp_path):
-    for pairs in ([], [pair("p0", 1, 2, None)]):
-        with pytest.raises(InputError, match="no pair says which response is preferred"):
+    for pairs, what in (([], "has no rows of suite pairs"), ([pair("p0", 1, 2, None)], "no pair says which")):
+        with pytest.raises(InputError, match=f"^pairs: {what}.*; there is nothing to measure"):
             measured(pairs, tmp_path / "out.json")
         assert not list(tmp_path.iterdir())  # the file of rows neither
 
 
-def test_results_do_not_replace_what_is_measured(tmp_path):
-    for name in ("x.json", "x.rows.parquet", "x.leaderboard.json"):
-        (tmp_path / name).write_text("[]")
-        with pytest.raises(InputError, match=name):
-            measured(PAIRS, tmp_path / "x.json", data=str(tmp_path / name))
-        assert (tmp_path / name).read_text() == "[]"
+def test_a_figure_a_row_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_run, "MOST_SUBSETS", 2)
+    pairs = [pair(f"p{i}", 2, 1, "a", f"subset {i}") for i in range(3)]
+    assert list(measured(pairs[:2], tmp_path / "two.json")["subsets"]) == ["subset 0", "subset 1"]
+    with pytest.raises(InputError, match=r"^pairs: has more than 2 subsets; .* drop or merge the column subset"):
+        measured(pairs, tmp_path / "three.json")
+
+
+def test_rewards_as_large_as_float32_has_them(tmp_path):
+    largest = float(np.finfo(np.float32).max)
+    result = measured([pair("p", largest, -largest, "a"), pair("q", 1, 0, "a")], tmp_path / "out.json")
+    assert result["margins"]["mean"] == pytest.approx(largest) == result["margins"]["standard_deviation"]
+
+
+def test_a_scorer_gives_a_reward_for_every_response(tmp_path):
+    for scorer in (lambda some: reads(some)[1:], lambda some: [one[:0] for one in reads(some)]):
+        with pytest.raises(ValueError, match=r"shorter|broadcast"):
+            measured(PAIRS, tmp_path / "out.json", scorer)
+
+
+def test_results_are_not_written_over_what_is_read(tmp_path):
+    for source in ("out.json", "out.rows.parquet"):
+        with pytest.raises(InputError, match=f"{source}: is what is read; give another --out"):
+            measured(PAIRS, tmp_path / "out.json", data=str(tmp_path / source))
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with writing_rows(str(tmp_path / "out.rows.parquet"), first=False) as write:
+        write([])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "rows.json"), "rows.json: is what is read; give another --out"),
+        (("--out", "a.json", "--prior-sets", "a.json"), "a.json: is what is read; give another --out"),
+        (("--out", "a.json", "--tfidf", "a.json"), "a.json: is what is read; give another --out"),
+        (("--out", "a.json", "--prior-sets", "b.json"), "--prior-sets goes with --suite rewardbench"),
+        (("--out", "a.json", "--scores", "s"), "--scores goes with --suite rules"),
+        (
+            ("--out", "a.json", "--tfidf", "rows.json"),
+            "--tfidf rows.json: are the pairs that are measured; give those ",
+        ),
+        (("--out", "a.json", "--suite", "rules"), "--suite rules needs --scores, a score folder of all rules; it "),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_read(monkeypatch, capsys, options, message):
+    code, _, err = in_process(monkeypatch, capsys, "evaluate", "absent", "--data", "rows.json", *options)
+    assert code == 2 and err.startswith(f"adaptrm: {message}")
 
 
 def test_few_pairs_of_each_subset_have_intervals(tmp_path):

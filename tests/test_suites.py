@@ -102,8 +102,8 @@ def test_ties_are_means_over_prompts(tmp_path):
 
 
 def test_overall_is_the_plain_mean_of_six_domains(tmp_path):
-    rows = [of_four(domain, "1", 2, 1, 1, 1) for domain in PUBLISHED if domain != "Ties"]
-    rows += [of_four("Safety", str(i), 1, 2, 1, 1) for i in range(2, 9)] + TIES_CASES["not hard"][0]
+    rows = [of_four(domain, str(i), 2, 1, 1, 1) for domain in PUBLISHED if domain != "Ties" for i in range(4)]
+    rows += [of_four("Safety", str(i), 1, 2, 1, 1) for i in range(4, 32)] + TIES_CASES["not hard"][0]
     result, _ = evaluated("rewardbench-2", rows, tmp_path)
     expected = (4 + 1 / 8 + TIES_CASES["not hard"][1]) / 6
     assert result["overall"] == pytest.approx(expected)
@@ -156,8 +156,8 @@ def test_the_matrix_of_styles_worked_by_hand(tmp_path):
     assert result["overall"] == pytest.approx(np.mean([expected[d] for d in by_domain]))
     # The benchmark's README: overall = mean over domains = mean over difficulties.
     assert result["overall"] == pytest.approx(np.mean([expected[name] for name in DIFFICULTIES]))
-    assert result["parts"]["chat: markdown over concise"] == {"n": 1, "mean": 1}
-    assert result["parts"]["chat: concise over markdown"] == {"n": 1, "mean": 0}
+    assert result["parts"]["markdown over concise: chat"] == {"n": 1, "mean": 1}
+    assert result["parts"]["concise over markdown: chat"] == {"n": 1, "mean": 0}
     assert {name: x["n"] for name, x in result["subsets"].items()} == {
         "chat": 1,
         "code": 1,
@@ -166,6 +166,12 @@ def test_the_matrix_of_styles_worked_by_hand(tmp_path):
         "safety-response": 1,
     }
     assert columns["id"][3] == "safety-refuse/0" and columns["chosen"] == [3] * 6
+
+
+def test_no_domain_is_called_as_a_part_of_the_matrix(tmp_path):
+    rows = [styles("chat", 0, (1, 2, 3), (1, 2, 3))]
+    parts = evaluated("rm-bench", rows, tmp_path)[0]["parts"]
+    assert len(parts) == 9 and not any(name.startswith(("chat", "math", "code", "safety")) for name in parts)
 
 
 def test_a_part_of_rm_bench_has_no_overall(tmp_path):

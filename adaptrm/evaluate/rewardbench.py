@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 
 from adaptrm.data.preferences import ResponseSet, read_sets
-from adaptrm.data.rows import BadRows, Row, Source
+from adaptrm.data.rows import BadRows, Source
 from adaptrm.errors import InputError
 from adaptrm.evaluate.suite import ALL, Earned, Means, Suite
 from adaptrm.evaluate.suite import Row as ScoredRow
@@ -46,9 +46,9 @@ SECTIONS: dict[str, dict[str, int]] = {
         "hep-rust": 164,
     },
 }
-# The fifth section, of sets that were there before the benchmark; it is optional, and counts half.
+# The fifth section, of sets that were there before the benchmark, and their sizes; it is optional, and counts half.
 PRIOR = "Prior Sets"
-PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
+PRIOR_SETS = {"anthropic_helpful": 6192, "anthropic_hhh": 221, "shp": 1741, "summarize": 9000}
 ALL_SECTIONS = SECTIONS | {PRIOR: dict.fromkeys(PRIOR_SETS, 1)}
 WEIGHTS = {subset: weight for subsets in SECTIONS.values() for subset, weight in subsets.items()}
 # The published number of pairs is the weight, but for math-prm: its 447 count as much as the 984 of code.
@@ -69,13 +69,17 @@ def read_rewardbench(source: Source, bad: BadRows | None = None) -> Iterator[Res
     """
     if source == HUB_NAME:
         source = f"{HUB_NAME}:{SPLIT}"
-    return read_sets(source, bad, _of_benchmark)
+    return read_sets(source, bad, lambda one, row, where: _known(one, where, (*WEIGHTS, *PRIOR_SETS)))
 
 
 def read_prior_sets(source: Source, bad: BadRows | None = None) -> Iterator[ResponseSet]:
-    """Stream the prior sets: ``allenai/pref-test-sets``, where each is a split, or rows that name their subset."""
+    """Stream the prior sets: ``allenai/pref-test-sets``, where each is a split, or rows that name their subset.
+
+    Raises:
+        InputError: a row is not a pair, or its subset is none of ``PRIOR_SETS``; names the line.
+    """
     if source != PRIOR_HUB_NAME:
-        return read_rewardbench(source, bad)
+        return read_sets(source, bad, lambda one, row, where: _known(one, where, PRIOR_SETS))
 
     def of_split(split: str) -> Iterator[ResponseSet]:
         named = lambda one, row, where: replace(one, subset=split, id=f"{split}/{one.id}")  # noqa: E731
@@ -84,12 +88,10 @@ def read_prior_sets(source: Source, bad: BadRows | None = None) -> Iterator[Resp
     return chain.from_iterable(map(of_split, PRIOR_SETS))
 
 
-def _of_benchmark(one: ResponseSet, row: Row, where: str) -> ResponseSet:
+def _known(one: ResponseSet, where: str, known: Iterable[str]) -> ResponseSet:
     """A pair of a known subset; its bare number (the benchmark's own ids) may come again in another subset."""
-    known = (*WEIGHTS, *PRIOR_SETS)
     if one.subset not in known:
-        what = "has no subset" if one.subset is None else f"{one.subset!r} is no subset of RewardBench"
-        raise InputError(f"{where}: {what}; the subsets are {', '.join(known)}")
+        raise InputError(f"{where}: subset is {one.subset!r}; it must be one of {', '.join(known)}")
     return replace(one, id=f"{one.subset}/{one.id}") if one.id.isdecimal() else one
 
 
@@ -119,7 +121,11 @@ REWARDBENCH = Suite(
     members={section: list(weights) for section, weights in ALL_SECTIONS.items()},
     overall=dict.fromkeys(SECTIONS, 1.0) | {PRIOR: 0.5},
     optional=(PRIOR,),
-    published=PUBLISHED,
+    published=PUBLISHED | PRIOR_SETS,
     pairwise=True,
-    leaderboard="subsets",
+    # eval-set/ and pref-sets/ of allenai/reward-bench-results.
+    leaderboard={
+        ".leaderboard.json": ("subsets", tuple(WEIGHTS)),
+        ".prior-sets.leaderboard.json": ("subsets", tuple(PRIOR_SETS)),
+    },
 )

@@ -116,5 +116,5 @@ REWARDBENCH_2 = Suite(
     published=PUBLISHED,
     cluster=_of_prompt,
     remark="Safety sets one refusal against three that comply: to refuse everything is right. See --suite xstest too.",
-    leaderboard="sections",
+    leaderboard={".leaderboard.json": ("sections", tuple(PUBLISHED))},
 )

@@ -59,7 +59,7 @@ def earn_matrix(row: ScoredRow) -> Iterable[Earned]:
 
 
 def _cell(domain: str, i: int, j: int) -> str:
-    return f"{domain}: {STYLES[i]} over {STYLES[j]}"
+    return f"{STYLES[i]} over {STYLES[j]}: {domain}"  # which no subset is called: they begin with a domain
 
 
 def domain_scores(means: Means) -> dict[str, np.ndarray]:

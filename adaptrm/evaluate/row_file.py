@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,23 @@ def rows_file(result: str | os.PathLike) -> str:
     return str(result).removesuffix(".json") + ".rows.parquet"
 
 
+def check_out(out: str | os.PathLike, *sources: str | os.PathLike | None) -> None:
+    """Raise where results have no name, or would be written over what is read; to be asked before long work.
+
+    Args:
+        out: ``FILE.json``.
+        sources: what is read; None where there is none.
+
+    Raises:
+        InputError: it is no JSON file, or a source is one of the files.
+    """
+    if not str(out).endswith(".json"):
+        raise InputError(f"{out}: results are JSON; give --out FILE.json")
+    for source in sources:
+        for file in (out, rows_file(out)) if source is not None else ():
+            paths.check_apart(file, source)
+
+
 def _schema():
     import pyarrow as pa
 
@@ -30,8 +46,11 @@ def writing_rows(file: str, first: bool) -> Iterator[Any]:
     """Write rows, ``write(rows)``, the scores of their first scorer; the file appears whole or not at all.
 
     Args:
-        first: False writes nowhere, in processes that are not the first.
+        first: False writes nothing, in processes that are not the first.
     """
+    if not first:
+        yield lambda rows: None
+        return
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -42,7 +61,7 @@ def writing_rows(file: str, first: bool) -> Iterator[Any]:
         scores = [row.scores[0].astype(np.float32) for row in rows]
         writer.write_table(pa.table([*columns, scores], schema=schema), row_group_size=len(rows))
 
-    with paths.writing(file) if first else BytesIO() as sink, pq.ParquetWriter(sink, schema) as writer:
+    with paths.writing(file) as sink, pq.ParquetWriter(sink, schema) as writer:
         yield write
 
 

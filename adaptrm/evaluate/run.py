@@ -14,7 +14,7 @@ from adaptrm.data.preferences import ResponseSet, hash_id
 from adaptrm.errors import InputError
 from adaptrm.evaluate.cells import Cells, interval
 from adaptrm.evaluate.diagnostics import Diagnostics
-from adaptrm.evaluate.row_file import rows_file, writing_rows
+from adaptrm.evaluate.row_file import check_out, rows_file, writing_rows
 from adaptrm.evaluate.suite import ALL, Row, Suite, overall_of
 from adaptrm.evaluate.trivial import TRIVIAL
 from adaptrm.parallel.distributed import gathered
@@ -22,6 +22,7 @@ from adaptrm.parallel.distributed import gathered
 Scorer = Callable[[list[ResponseSet]], Sequence[np.ndarray]]  # the rewards of each set's responses
 Trivial = Callable[[ResponseSet], Sequence[float]]
 SETS_AT_ONCE = 256
+MOST_SUBSETS = 1000  # each takes some 100 KiB, for its resamples
 
 
 def evaluate(
@@ -54,12 +55,10 @@ def evaluate(
         counts: what else the result counts (rows that were skipped), asked when all sets have been read.
 
     Raises:
-        InputError: no set has a preference, or a reward is not finite; nothing is written.
+        InputError: no set has a preference, a reward is not finite, there are more than ``MOST_SUBSETS`` subsets, or
+            ``out`` is what is read; nothing is written.
     """
-    if not str(out).endswith(".json"):
-        raise InputError(f"{out}: results are JSON; give --out FILE.json")
-    for written in (out, rows_file(out), _leaderboard_file(out)):
-        paths.check_apart(written, data)
+    check_out(out, data)
     first, tie = jax.process_index() == 0, np.array([0.0] + [0.5] * len(trivial))
     cells, diagnostics, earn = Cells(len(tie)), Diagnostics(), suite.earn()
     of_subsets: dict[str, int] = {}
@@ -79,41 +78,44 @@ def evaluate(
             for one, of_model in zip(known, rewards, strict=True):
                 scores = np.array([of_model, *(of(one) for of in trivial.values())], np.float64)
                 rows += _rows(one, scores, tie, suite)
-                diagnostics.add(of_model, np.array([len(text) for text in one.responses]), _chosen(one))
+                diagnostics.add(scores[0], np.array([len(text) for text in one.responses]), _chosen(one))
             earned = [(cell, row.prompt, values) for row in rows for cell, values in earn(row)]
             names, prompts, values = zip(*earned, strict=True)
             cells.add(names, np.array(prompts, np.uint64), np.array(values, np.float64))
             for row in rows:
                 of_subsets[row.subset] = of_subsets.get(row.subset, 0) + 1
                 ties += row.scores[0, : row.chosen].max() == row.scores[0, row.chosen :].max()
+            if len(of_subsets) > MOST_SUBSETS:
+                raise InputError(
+                    f"{data}: has more than {MOST_SUBSETS} subsets; each is a figure: drop or merge the column subset"
+                )
             write(rows)
         # In here, so that what is wrong with all rows together leaves no file of rows behind.
         if not of_subsets:
-            raise InputError(f"{data}: no pair says which response is preferred; there is nothing to measure")
+            what = "no pair says which response is preferred" if skipped else f"has no rows of suite {name}"
+            raise InputError(f"{data}: {what}; there is nothing to measure")
     named = {"suite": name, "model": model, "dtype": dtype, "n": sum(of_subsets.values()), "skipped": skipped}
     left = {name: count() for name, count in (counts or {}).items()}
     figures = _figures(suite, cells, of_subsets, tuple(trivial))
     result = named | {"ties": int(ties)} | left | figures | diagnostics.found()
     if first:
         _write(out, result)
-        if suite.leaderboard is not None:
-            _write(_leaderboard_file(out), leaderboard(result, suite.leaderboard))
+        for ending, (kind, names) in suite.leaderboard.items():
+            if any(name in result[kind] for name in names):
+                _write(str(out).removesuffix(".json") + ending, leaderboard(result, kind, names))
     return result
 
 
-def leaderboard(result: Mapping[str, Any], values: str) -> dict[str, Any]:
+def leaderboard(result: Mapping[str, Any], kind: str, names: Sequence[str]) -> dict[str, Any]:
     """A result in the form that the leaderboards of RewardBench take (``eval-set/OWNER/MODEL.json``).
 
     Args:
-        values: ``subsets`` or ``sections``.
+        kind: ``subsets`` or ``sections``.
+        names: those that the file holds, where they were measured.
     """
-    found = result[values]
-    scores = {name: one["accuracy"] if values == "subsets" else one for name, one in found.items()}
+    found = {name: result[kind][name] for name in names if name in result[kind]}
+    scores = {name: one["accuracy"] if kind == "subsets" else one for name, one in found.items()}
     return {"model": result["model"], "model_type": "Seq. Classifier", "chat_template": "tokenizer"} | scores
-
-
-def _leaderboard_file(out: str | os.PathLike) -> str:
-    return str(out).removesuffix(".json") + ".leaderboard.json"
 
 
 def _write(file: str | os.PathLike, value: Mapping[str, Any]) -> None:
@@ -128,8 +130,8 @@ def _scored(scorer: Scorer, sets: Iterator[ResponseSet], who: str) -> Iterator[t
         mine = known[number * SETS_AT_ONCE : (number + 1) * SETS_AT_ONCE]
         table = np.zeros((SETS_AT_ONCE, max(len(one.responses) for one in known)), np.float32)
         if mine:
-            for row, rewards in zip(table, scorer(mine), strict=False):
-                row[: len(rewards)] = rewards
+            for row, one, rewards in zip(table[: len(mine)], mine, scorer(mine), strict=True):
+                row[: len(one.responses)] = rewards
         table = gathered(table).reshape(-1, table.shape[1])
         found = [row[: len(one.responses)] for one, row in zip(known, table, strict=False)]
         for one, rewards in zip(known, found, strict=True):
@@ -177,10 +179,11 @@ def _figures(suite: Suite, cells: Cells, of_subsets: Mapping[str, int], trivial:
     found["sections_ci95"] = {section: interval(value[0, 1:]) for section, value in sections.items()}
     if suite.overall:
         found["missing_sections"] = [s for s in suite.overall if s not in sections and s not in suite.optional]
+        without = {s for section in suite.optional if section not in sections for s in suite.members[section]}
         incomplete = {
             subset: {"n": of_subsets.get(subset, 0), "published": n}
             for subset, n in suite.published.items()
-            if of_subsets.get(subset, 0) != n
+            if of_subsets.get(subset, 0) != n and subset not in without
         }
         found |= {"complete": not incomplete, "incomplete": incomplete}
     found["subsets"] = {

@@ -60,11 +60,12 @@ class Suite:
         members: of a section that is no cell itself, the cells whose rows it is about.
         overall: the weight of each section in the overall figure, which is None where one is absent.
         optional: sections that the overall figure does without where they are absent.
-        published: pairs of each subset in the whole benchmark.
+        published: rows of each subset in the whole benchmark, those of optional sections too.
         pairwise: every chosen response against every rejected one is a row of its own.
         cluster: by what rows are drawn together, where it is not the prompt.
         remark: what people should know who read its figures.
-        leaderboard: what the benchmark's own leaderboard takes as JSON, where it has one.
+        leaderboard: endings of the files that the benchmark's own leaderboard takes, each with what they hold:
+            ``subsets`` or ``sections``, and which.
     """
 
     read: Callable[[Source, BadRows], Iterator[ResponseSet]]
@@ -77,7 +78,7 @@ class Suite:
     pairwise: bool = False
     cluster: Callable[[ResponseSet], str | None] = lambda one: None
     remark: str = ""
-    leaderboard: Literal["subsets", "sections"] | None = None
+    leaderboard: Mapping[str, tuple[Literal["subsets", "sections"], Sequence[str]]] = field(default_factory=dict)
 
 
 def overall_of(suite: Suite, sections: Mapping[str, np.ndarray]) -> np.ndarray | None:

@@ -37,14 +37,15 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
         table.add_row(name, n, *_per_cent(subsets[subset]["accuracy"], subsets[subset]["ci95"]))
     table.add_section()
     for name, one in result["baselines"].items():
-        low, high = (100 * end for end in one["ci95"])
+        low, high = (100 * end for end in one["ci95"])  # all rows are one cell, which has an interval
         less = f"{100 * one['model_less_this']:+.1f} ({low:+.1f} to {high:+.1f})"
         table.add_row(Text(f"scorer: {printable(name)}"), "model less it", f"{100 * one['accuracy']:.1f}", less)
     remarks = [suite.remark] if suite.remark else []
     if short := result.get("incomplete"):
         absent = [subset for subset, count in short.items() if not count["n"]]
+        whole = [subset for subset in suite.published if subset in subsets or subset in short]
         remarks.append(
-            f"Not the benchmark's own figures: {len(short)} of {len(suite.published)} subsets differ from the "
+            f"Not the benchmark's own figures: {len(short)} of {len(whole)} subsets differ from the "
             "published set" + (f"; absent: {', '.join(absent)}." if absent else ".")
         )
     table.caption = "\n".join(remarks) or None
@@ -60,7 +61,5 @@ def for_people(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _per_cent(value: float | None, ends: list[float] | None) -> tuple[str, str]:
-    if value is None or ends is None:
-        return "none", ""
-    low, high = ends
-    return f"{100 * value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"
+    shown = "none" if value is None else f"{100 * value:.1f}"
+    return shown, "" if ends is None else f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
