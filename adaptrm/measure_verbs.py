@@ -28,9 +28,15 @@ def evaluate(
         str, typer.Argument(help="Reward model (of suite rules, rule adapter): a folder, a hub name or a run of train.")
     ],
     data: Annotated[str, typer.Option(help=f"What people labelled: {PAIRS}.")],
-    out: Annotated[str, typer.Option(help="FILE.json; FILE.rows.parquet is written beside it.")],
+    out: Annotated[
+        str, typer.Option(help="FILE.json; FILE.rows.parquet and, of RewardBench, FILE.leaderboard.json go beside it.")
+    ],
     suite: Annotated[
-        Suite, typer.Option(help="What is measured; rules: an adapter's choice against --scores of all rules.")
+        Suite,
+        typer.Option(
+            help="A benchmark; or pairs: is each chosen response above each rejected one; best-of-n: is the best one a "
+            "chosen one; rules: an adapter's choice against --scores of all rules."
+        ),
     ] = Suite.pairs,
     prior_sets: Annotated[
         str | None, typer.Option(help="Of suite rewardbench: allenai/pref-test-sets, or a file; a fifth section.")
@@ -45,7 +51,11 @@ def evaluate(
     truncate_to: TruncateTo = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a reward model's accuracy, or how well an adapter chooses rules."""
+    """Measure a reward model's accuracy, or how well an adapter chooses rules.
+
+    The benchmarks' own rows are --data allenai/reward-bench (suites rewardbench and xstest), allenai/reward-bench-2 and
+    THU-KEG/RM-Bench. Trivial scorers, such as the longer response, are measured on the same rows.
+    """
     from adaptrm.parallel.distributed import start_processes
 
     start_processes()
@@ -103,7 +113,11 @@ def compare(
     out: Annotated[str | None, typer.Option(help="Also write the comparison to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare reward models on the rows of one suite: paired intervals, McNemar's test, length, calibration, ties."""
+    """Compare reward models with the first of them, on the same rows of one suite.
+
+    By section and subset: the difference, its paired 95 % interval and McNemar's test, by prompt. Of each model: ties,
+    margins, calibration error, accuracy where the chosen response is the longer one and where it is the shorter.
+    """
     from adaptrm import paths
     from adaptrm.evaluate.compare import as_text, for_people
     from adaptrm.evaluate.compare import compare as run

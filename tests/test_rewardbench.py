@@ -19,14 +19,7 @@ from adaptrm.data.rows import BadRows
 from adaptrm.errors import InputError
 from adaptrm.evaluate import SUITES, evaluate
 from adaptrm.evaluate.cells import Cells, interval
-from adaptrm.evaluate.rewardbench import (
-    PRIOR_SETS,
-    PUBLISHED,
-    SECTIONS,
-    WEIGHTS,
-    read_prior_sets,
-    section_scores,
-)
+from adaptrm.evaluate.rewardbench import PRIOR_SETS, PUBLISHED, SECTIONS, WEIGHTS, section_scores
 from adaptrm.evaluate.suite import overall_of
 from adaptrm.evaluate.table import for_people
 from adaptrm.reward_model import RewardModel
@@ -120,39 +113,6 @@ def test_prior_sets_are_a_fifth_section_that_counts_half():
     assert overall(means)[0, 0] == pytest.approx((four + 0.5 * 0.65) / 4.5)
     del means["shp"]  # the mean of those that are there, as on the leaderboard
     assert sections_of(means)["Prior Sets"] == pytest.approx((0.5 + 0.6 + 0.8) / 3)
-
-
-def test_prior_sets_as_the_hub_has_them(tmp_path, monkeypatch):
-    """Messages, then texts; ids are numbers that every split has, the column subset says what of a split it is."""
-    row = {"prompt": [{"role": "user", "content": "?"}], "chosen": "yes", "rejected": "no", "subset": "other", "id": 0}
-    monkeypatch.chdir(tmp_path)  # files of these names are read in place of the hub's splits
-    (tmp_path / "allenai").mkdir()
-    for split in (*PRIOR_SETS, "pku_safer"):
-        write_rows(tmp_path / "allenai" / f"pref-test-sets:{split}", [row])
-    found = [(one.id, one.subset, one.responses) for one in read_prior_sets("allenai/pref-test-sets", BadRows())]
-    assert found == [(f"{split}/0", split, ("yes", "no")) for split in PRIOR_SETS]
-
-
-def test_prior_sets_from_a_file_and_their_place_on_the_leaderboard(tmp_path, monkeypatch, capsys, reward_model):
-    data = write_rows(tmp_path / "rows.jsonl", SMALL)
-    prior = write_rows(tmp_path / "prior.jsonl", [native("shp", 0, 2, 1), native("summarize", 0, 2, 1)])
-    out = tmp_path / "out.json"
-    command = ("evaluate", reward_model, "--suite", "rewardbench", "--data", data, "--out", out, "--json")
-    code, text, _ = in_process(monkeypatch, capsys, *command, "--prior-sets", prior)
-    result = json.loads(text)
-    accuracies = {name: result["subsets"][name]["accuracy"] for name in ("shp", "summarize")}
-    assert code == 0 and result["sections"]["Prior Sets"] == pytest.approx(np.mean(list(accuracies.values())))
-    # Two of four, one row each.
-    assert {name: one for name, one in result["incomplete"].items() if name in PRIOR_SETS} == {
-        name: {"n": int(name in accuracies), "published": n} for name, n in PRIOR_SETS.items()
-    }
-    assert "27 of 27 subsets differ" in " ".join(shown(result))
-    named = {"model": str(reward_model), "model_type": "Seq. Classifier", "chat_template": "tokenizer"}
-    assert json.loads((tmp_path / "out.prior-sets.leaderboard.json").read_text()) == named | accuracies
-    assert not set(PRIOR_SETS) & set(json.loads((tmp_path / "out.leaderboard.json").read_text()))
-    # The benchmark's own rows are no prior set: they would count twice.
-    code, _, err = in_process(monkeypatch, capsys, *command, "--prior-sets", write_rows(tmp_path / "x.jsonl", SMALL))
-    assert code == 2 and "line 1: subset is 'alpacaeval-easy'; it must be one of anthropic_helpful, " in err
 
 
 def test_a_subset_weighs_by_its_published_size_whatever_the_number_of_its_pairs():

@@ -87,7 +87,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             taken[key] = taken.get(key, 0) + 1
             row = {"id": pair.id, "prompt": [dict(m) for m in pair.prompt], "subset": subset}
-            parts[name].append(row | {"response_a": pair.response_a, "response_b": pair.response_b, "preferred": "a"})
+            row |= {"response_a": pair.response_a, "response_b": pair.response_b, "preferred": pair.preferred}
+            parts[name].append(row)
     for name, rows in parts.items():
         (options.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return given(options)
