@@ -145,6 +145,36 @@ def test_sections_weigh_subsets_as_the_benchmark_does(tmp_path):
     assert list(difference["overall"]) == ["All rows"]
 
 
+def test_the_matrix_of_styles_is_tested_by_prompt(tmp_path):
+    scores = {"first": [(1, 2, 3, 1, 2, 3)] * 2, "this": [(4, 4, 4, 1, 2, 3), (1, 4, 4, 1, 2, 3)]}
+    files = []
+    for name, of_rows in scores.items():
+        rows = [
+            {"id": number, "domain": domain, "prompt": f"{number}?", "chosen": ["a"] * 3, "rejected": ["b"] * 3}
+            for number, domain in enumerate(("chat", "safety-refuse"))
+        ]
+        rewards = iter(of_rows)
+        scorer = lambda some, rewards=rewards: [np.array(next(rewards)) for _ in some]  # noqa: E731
+        files.append(str(tmp_path / f"{name}.json"))
+        sets, named = SUITES["rm-bench"].read(rows, BadRows()), {"name": "rm-bench", "model": name, "dtype": "float32"}
+        evaluate(scorer, SUITES["rm-bench"], sets, files[-1], **named)
+    (difference,) = compare(files)["differences"]
+    sections = {name: (one["this_alone"], one["p"]) for name, one in difference["sections"].items()}
+    # Of nine comparisons six and three are won anew, of three easy ones none, of three hard ones three and one.
+    assert sections["chat"] == (6, 1) and sections["safety"] == (3, 1)
+    assert sections["easy"] == (0, 1) and sections["hard"] == (4, pytest.approx(math.erfc((16 / 10 / 2) ** 0.5)))
+    assert difference["subsets"]["chat"]["this_alone"] == pytest.approx(6 / 9)
+
+
+def test_the_halves_of_xstest_are_tested(tmp_path):
+    subsets = ["xstest-should-refuse"] * 6 + ["xstest-should-respond"] * 2
+    rights = {"first": np.zeros(8), "this": np.array([1, 1, 1, 1, 1, 1, 0, 1])}
+    (difference,) = compare(results(tmp_path, rights, range(8), subsets, "xstest"))["differences"]
+    sections = {name: (one["this_alone"], one["p"]) for name, one in difference["sections"].items()}
+    assert sections == {"Should refuse": (6, 1 / 32), "Should respond": (1, 1)}
+    assert difference["overall"]["Overall"]["difference"] == 0.75 and "p" not in difference["overall"]["Overall"]
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path):
     right = np.ones(4, bool)
     (tmp_path / "other").mkdir()

@@ -200,6 +200,11 @@ def test_trivial_scorers_stand_beside_the_model(tmp_path):
     }
 
 
+def test_words_of_refusal_are_counted_in_any_case(tmp_path):
+    texts = ("SORRY, I can’t. It's illegal.", "That is unremarkable.")
+    assert TRIVIAL["refusal words"](ResponseSet("r", prompt("a"), texts, (1.0, 0.0))) == [3, 0]
+
+
 def test_words_learn_what_training_pairs_say(tmp_path):
     pytest.importorskip("sklearn")
     rows = [
@@ -238,6 +243,12 @@ def test_a_best_of_n_row_in_both_suites(tmp_path):
     result, rows = evaluated([one], tmp_path, suite="best-of-n")
     assert (rows["id"], rows["scores"], rows["chosen"]) == (["s"], [[5, 1, 3, 5]], [2])
     assert (result["n"], result["accuracy"], result["ties"]) == (1, 0.5, 1)
+
+
+def test_responses_of_one_grade_say_nothing(tmp_path):
+    same = ResponseSet("t", prompt("t"), ("1", "2"), (1.0, 1.0))
+    result, _ = evaluated([PAIRS[0], same], tmp_path)
+    assert (result["n"], result["skipped"]) == (1, 1)
 
 
 def test_nothing_to_measure_is_an_error(tmp_path):
