@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import in_process
 from rich.console import Console
@@ -15,6 +17,7 @@ from adaptrm.data.rows import BadRows
 from adaptrm.errors import InputError
 from adaptrm.evaluate import SUITES, evaluate
 from adaptrm.evaluate.compare import Discordant, compare, for_people
+from adaptrm.evaluate.row_file import rows_file
 
 
 def results(folder, rights: dict[str, np.ndarray], prompts, subsets, suite="pairs", dtype="float32") -> list[str]:
@@ -253,6 +256,43 @@ def text_of(result) -> str:
     with console.capture() as text:
         console.print(for_people(result)["table"])
     return text.get()
+
+
+def test_rows_that_differ_in_anything_are_refused(tmp_path):
+    sets = {
+        "this": (("2", "1", "0"), (1.0, 1.0, 0.0), "x"),
+        "other subset": (("2", "1", "0"), (1.0, 1.0, 0.0), "y"),
+        "others are right": (("2", "1", "0"), (1.0, 0.0, 0.0), "x"),
+        "a response more": (("2", "1", "0", "0"), (1.0, 1.0, 0.0, 0.0), "x"),
+    }
+    files = {name: str(tmp_path / f"{name}.json") for name in sets}
+    for name, (texts, grades, subset) in sets.items():
+        one = ResponseSet("p", ({"role": "user", "content": "?"},), texts, grades, subset)
+        scorer = lambda some: [np.array([float(text) for text in one.responses]) for one in some]  # noqa: E731
+        evaluate(scorer, SUITES["best-of-n"], [one], files[name], name="best-of-n", model=name, dtype="float32")
+    for name in sets.keys() - {"this"}:
+        with pytest.raises(InputError, match=r"row 1 \('p'\) is not row 1 of"):
+            compare([files["this"], files[name]])
+
+
+def test_a_tie_is_wrong_here_too(tmp_path):
+    (a, b) = results(tmp_path, {"a": np.ones(3), "b": np.ones(3)}, range(3), "xyz")
+    table = pq.read_table(tmp_path / "b.rows.parquet")
+    scores = pa.array([[1.0, 1.0]] * 3, pa.list_(pa.float32()))
+    pq.write_table(table.set_column(table.schema.get_field_index("scores"), "scores", scores), rows_file(b))
+    found = compare([a, b])["differences"][0]["overall"]["All rows"]
+    assert (found["first"], found["this"], found["first_alone"], found["p"]) == (1, 0, 3, 0.25)
+
+
+def test_a_file_of_rows_that_is_none(tmp_path):
+    (a, b) = results(tmp_path, {"a": np.ones(3), "b": np.ones(3)}, range(3), "xyz")
+    whole = Path(rows_file(b)).read_bytes()
+    Path(rows_file(b)).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"b.rows.parquet: not a whole Parquet file"):
+        compare([a, b])
+    pq.write_table(pa.table({"id": ["p0"], "subset": ["x"], "scores": [[1.0, 0.0]]}), rows_file(b))  # as it once was
+    with pytest.raises(InputError, match=r"b.rows.parquet: is no file of rows that adaptrm evaluate writes"):
+        compare([a, b])
 
 
 def test_by_the_command_line(tmp_path, monkeypatch, capsys):

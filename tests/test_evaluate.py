@@ -341,7 +341,9 @@ def test_people_see_every_subset_and_no_markup(tmp_path):
         console.print(table)
     rows = [" ".join(line.strip("│").replace("│", " ").split()) for line in text.get().splitlines() if "│" in line]
     assert rows[0].startswith("All rows 8 50.0 ")
-    assert rows[5].startswith("scorer: longer model less it ")
+    longer = result["baselines"]["longer"]
+    less, *ends = (f"{100 * x:+.1f}" for x in (longer["model_less_this"], *longer["ci95"]))
+    assert rows[5] == f"scorer: longer model less it {100 * longer['accuracy']:.1f} {less} ({' to '.join(ends)})"
     assert [row.split(" ", 3)[:3] for row in rows[1:5]] == [
         ["[red]x[/red]", "1", "100.0"],
         ["all", "3", "33.3"],
