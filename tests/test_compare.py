@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import in_process
 from rich.console import Console
@@ -15,6 +17,7 @@ from adaptrm.data.rows import BadRows
 from adaptrm.errors import InputError
 from adaptrm.evaluate import SUITES, evaluate
 from adaptrm.evaluate.compare import Discordant, compare, for_people
+from adaptrm.evaluate.row_file import rows_file
 
 
 def results(folder, rights: dict[str, np.ndarray], prompts, subsets, suite="pairs", dtype="float32") -> list[str]:
@@ -145,6 +148,36 @@ def test_sections_weigh_subsets_as_the_benchmark_does(tmp_path):
     assert list(difference["overall"]) == ["All rows"]
 
 
+def test_the_matrix_of_styles_is_tested_by_prompt(tmp_path):
+    scores = {"first": [(1, 2, 3, 1, 2, 3)] * 2, "this": [(4, 4, 4, 1, 2, 3), (1, 4, 4, 1, 2, 3)]}
+    files = []
+    for name, of_rows in scores.items():
+        rows = [
+            {"id": number, "domain": domain, "prompt": f"{number}?", "chosen": ["a"] * 3, "rejected": ["b"] * 3}
+            for number, domain in enumerate(("chat", "safety-refuse"))
+        ]
+        rewards = iter(of_rows)
+        scorer = lambda some, rewards=rewards: [np.array(next(rewards)) for _ in some]  # noqa: E731
+        files.append(str(tmp_path / f"{name}.json"))
+        sets, named = SUITES["rm-bench"].read(rows, BadRows()), {"name": "rm-bench", "model": name, "dtype": "float32"}
+        evaluate(scorer, SUITES["rm-bench"], sets, files[-1], **named)
+    (difference,) = compare(files)["differences"]
+    sections = {name: (one["this_alone"], one["p"]) for name, one in difference["sections"].items()}
+    # Of nine comparisons six and three are won anew, of three easy ones none, of three hard ones three and one.
+    assert sections["chat"] == (6, 1) and sections["safety"] == (3, 1)
+    assert sections["easy"] == (0, 1) and sections["hard"] == (4, pytest.approx(math.erfc((16 / 10 / 2) ** 0.5)))
+    assert difference["subsets"]["chat"]["this_alone"] == pytest.approx(6 / 9)
+
+
+def test_the_halves_of_xstest_are_tested(tmp_path):
+    subsets = ["xstest-should-refuse"] * 6 + ["xstest-should-respond"] * 2
+    rights = {"first": np.zeros(8), "this": np.array([1, 1, 1, 1, 1, 1, 0, 1])}
+    (difference,) = compare(results(tmp_path, rights, range(8), subsets, "xstest"))["differences"]
+    sections = {name: (one["this_alone"], one["p"]) for name, one in difference["sections"].items()}
+    assert sections == {"Should refuse": (6, 1 / 32), "Should respond": (1, 1)}
+    assert difference["overall"]["Overall"]["difference"] == 0.75 and "p" not in difference["overall"]["Overall"]
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path):
     right = np.ones(4, bool)
     (tmp_path / "other").mkdir()
@@ -223,6 +256,43 @@ def text_of(result) -> str:
     with console.capture() as text:
         console.print(for_people(result)["table"])
     return text.get()
+
+
+def test_rows_that_differ_in_anything_are_refused(tmp_path):
+    sets = {
+        "this": (("2", "1", "0"), (1.0, 1.0, 0.0), "x"),
+        "other subset": (("2", "1", "0"), (1.0, 1.0, 0.0), "y"),
+        "others are right": (("2", "1", "0"), (1.0, 0.0, 0.0), "x"),
+        "a response more": (("2", "1", "0", "0"), (1.0, 1.0, 0.0, 0.0), "x"),
+    }
+    files = {name: str(tmp_path / f"{name}.json") for name in sets}
+    for name, (texts, grades, subset) in sets.items():
+        one = ResponseSet("p", ({"role": "user", "content": "?"},), texts, grades, subset)
+        scorer = lambda some: [np.array([float(text) for text in one.responses]) for one in some]  # noqa: E731
+        evaluate(scorer, SUITES["best-of-n"], [one], files[name], name="best-of-n", model=name, dtype="float32")
+    for name in sets.keys() - {"this"}:
+        with pytest.raises(InputError, match=r"row 1 \('p'\) is not row 1 of"):
+            compare([files["this"], files[name]])
+
+
+def test_a_tie_is_wrong_here_too(tmp_path):
+    (a, b) = results(tmp_path, {"a": np.ones(3), "b": np.ones(3)}, range(3), "xyz")
+    table = pq.read_table(tmp_path / "b.rows.parquet")
+    scores = pa.array([[1.0, 1.0]] * 3, pa.list_(pa.float32()))
+    pq.write_table(table.set_column(table.schema.get_field_index("scores"), "scores", scores), rows_file(b))
+    found = compare([a, b])["differences"][0]["overall"]["All rows"]
+    assert (found["first"], found["this"], found["first_alone"], found["p"]) == (1, 0, 3, 0.25)
+
+
+def test_a_file_of_rows_that_is_none(tmp_path):
+    (a, b) = results(tmp_path, {"a": np.ones(3), "b": np.ones(3)}, range(3), "xyz")
+    whole = Path(rows_file(b)).read_bytes()
+    Path(rows_file(b)).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"b.rows.parquet: not a whole Parquet file"):
+        compare([a, b])
+    pq.write_table(pa.table({"id": ["p0"], "subset": ["x"], "scores": [[1.0, 0.0]]}), rows_file(b))  # as it once was
+    with pytest.raises(InputError, match=r"b.rows.parquet: is no file of rows that adaptrm evaluate writes"):
+        compare([a, b])
 
 
 def test_by_the_command_line(tmp_path, monkeypatch, capsys):

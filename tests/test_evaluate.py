@@ -191,6 +191,11 @@ def test_trivial_scorers_stand_beside_the_model(tmp_path):
     }
 
 
+def test_words_of_refusal_are_counted_in_any_case(tmp_path):
+    texts = ("SORRY, I can’t. It's illegal.", "That is unremarkable.")
+    assert TRIVIAL["refusal words"](ResponseSet("r", prompt("a"), texts, (1.0, 0.0))) == [3, 0]
+
+
 def test_words_learn_what_training_pairs_say(tmp_path):
     pytest.importorskip("sklearn")
     rows = [
@@ -229,6 +234,12 @@ def test_a_best_of_n_row_in_both_suites(tmp_path):
     result, rows = evaluated([one], tmp_path, suite="best-of-n")
     assert (rows["id"], rows["scores"], rows["chosen"]) == (["s"], [[5, 1, 3, 5]], [2])
     assert (result["n"], result["accuracy"], result["ties"]) == (1, 0.5, 1)
+
+
+def test_responses_of_one_grade_say_nothing(tmp_path):
+    same = ResponseSet("t", prompt("t"), ("1", "2"), (1.0, 1.0))
+    result, _ = evaluated([PAIRS[0], same], tmp_path)
+    assert (result["n"], result["skipped"]) == (1, 1)
 
 
 def test_nothing_to_measure_is_an_error(tmp_path):
@@ -330,7 +341,9 @@ def test_people_see_every_subset_and_no_markup(tmp_path):
         console.print(table)
     rows = [" ".join(line.strip("│").replace("│", " ").split()) for line in text.get().splitlines() if "│" in line]
     assert rows[0].startswith("All rows 8 50.0 ")
-    assert rows[5].startswith("scorer: longer model less it ")
+    longer = result["baselines"]["longer"]
+    less, *ends = (f"{100 * x:+.1f}" for x in (longer["model_less_this"], *longer["ci95"]))
+    assert rows[5] == f"scorer: longer model less it {100 * longer['accuracy']:.1f} {less} ({' to '.join(ends)})"
     assert [row.split(" ", 3)[:3] for row in rows[1:5]] == [
         ["[red]x[/red]", "1", "100.0"],
         ["all", "3", "33.3"],

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from commands import in_process, write_rows
+from rich.console import Console
 from tiny import tiny_reward_model
 
 from adaptrm.data.rows import BadRows
@@ -41,6 +42,9 @@ def test_prior_sets_from_a_file_and_their_place_on_the_leaderboard(tmp_path, mon
         name: {"n": int(name in accuracies), "published": n} for name, n in PRIOR_SETS.items()
     }
     assert "27 of 27 subsets differ" in " ".join(for_people(result)["table"].caption.split())
+    with (console := Console(width=100)).capture() as text:
+        console.print(for_people(result)["table"])
+    assert "Overall (Prior Sets half)" in text.get()
     named = {"model": str(reward_model), "model_type": "Seq. Classifier", "chat_template": "tokenizer"}
     assert json.loads((tmp_path / "out.prior-sets.leaderboard.json").read_text()) == named | accuracies
     assert not set(PRIOR_SETS) & set(json.loads((tmp_path / "out.leaderboard.json").read_text()))

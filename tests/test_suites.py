@@ -156,6 +156,13 @@ def test_the_matrix_of_styles_worked_by_hand(tmp_path):
     assert result["overall"] == pytest.approx(np.mean([expected[d] for d in by_domain]))
     # The benchmark's README: overall = mean over domains = mean over difficulties.
     assert result["overall"] == pytest.approx(np.mean([expected[name] for name in DIFFICULTIES]))
+    of_rows = np.mean([1 / 3, 1, 0, 1, 1, np.mean(list(of_response.values()))])
+    assert result["accuracy"] == pytest.approx(of_rows) and result["subsets"]["chat"]["accuracy"] == pytest.approx(
+        1 / 3
+    )
+    # Trivial scorers have sections of their own: here all are as long, and half of each is right.
+    for of in result["baselines"].values():
+        assert of["sections"] == dict.fromkeys(result["sections"], 0.5) and of["overall"] == 0.5
     assert result["parts"]["markdown over concise: chat"] == {"n": 1, "mean": 1}
     assert result["parts"]["concise over markdown: chat"] == {"n": 1, "mean": 0}
     assert {name: x["n"] for name, x in result["subsets"].items()} == {
