@@ -154,7 +154,7 @@ def test_a_row_a_subset_gives_no_interval_of_overall_and_the_file_is_json(tmp_pa
     result, _ = evaluated([native(subset, 0, 2, 1, prompt=subset) for subset in PUBLISHED], tmp_path)
     assert (result["overall"], result["overall_ci95"], result["sections_ci95"]["Safety"]) == (1, None, None)
     json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
-    assert "Overall 100.0" in shown(result)
+    assert "Overall 100.0 50.0" in shown(result)
 
 
 SMALL = [

@@ -200,6 +200,7 @@ def _figures(suite: Suite, cells: Cells, of_subsets: Mapping[str, int], trivial:
             "ci95": interval(means[ALL][0, 1:] - means[ALL][at, 1:]),
             "overall": None if overall is None else float(overall[at, 0]),
             "sections": {section: float(value[at, 0]) for section, value in sections.items()},
+            "subsets": {subset: float(means[subset][at, 0]) for subset in sorted(of_subsets)},
         }
         for at, scorer in enumerate(trivial, start=1)
     }
