@@ -230,7 +230,12 @@ def test_scorers_of_all_results_stand_beside_the_models(tmp_path):
     measured = {name: one["accuracy"] for name, one in found["baselines"].items()}
     expected = {"longer": 0, "shorter": 1, "refusal words": 0.5, "TF-IDF": 0.5, "TF-IDF (of [/b])": 0.75, "[/red]": 0.5}
     assert measured == expected
-    assert found["baselines"]["shorter"].keys() == {"accuracy", "overall", "sections"}  # nothing of one model alone
+    assert found["baselines"]["shorter"].keys() == {
+        "accuracy",
+        "overall",
+        "sections",
+        "subsets",
+    }  # nothing of one model alone
     shown = " ".join(text_of(found).split())
     assert "scorer: [/red]" in shown and "[/b] less b" in shown
 

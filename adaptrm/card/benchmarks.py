@@ -32,7 +32,7 @@ def _result_markdown(result: Result) -> str:
         of_others = [other.sections.get(name) for other in others]
         rows.append(row(f"section {plain(name)}", "", value, result.sections_ci95.get(name), of_others))
     for name, one in result.subsets.items():
-        rows.append(row(plain(name), one.n, one.accuracy, one.ci95, [None] * len(others)))
+        rows.append(row(plain(name), one.n, one.accuracy, one.ci95, [other.subsets.get(name) for other in others]))
     title = f"{HUB_DATA.get(result.suite, ('', result.suite))[1]}, {result.dtype}"
     return table([plain(title), "rows", "accuracy %", "95 % interval", *map(plain, result.baselines)], rows)
 

@@ -29,6 +29,7 @@ class Baseline:
     accuracy: Share | None = None
     overall: Share | None = None
     sections: dict[str, Share | None] = field(default_factory=dict)
+    subsets: dict[str, Share | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

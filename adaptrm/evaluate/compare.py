@@ -93,7 +93,7 @@ def _baselines(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     baselines: dict[str, Any] = {}
     for one in found:
         for name, measured in one["baselines"].items():
-            scores = {key: measured[key] for key in ("accuracy", "overall", "sections")}
+            scores = {key: measured[key] for key in ("accuracy", "overall", "sections", "subsets") if key in measured}
             if baselines.setdefault(name, scores) != scores:
                 baselines[f"{name} (of {one['model']})"] = scores
     return baselines

@@ -58,6 +58,12 @@ def earn_matrix(row: ScoredRow) -> Iterable[Earned]:
         yield _cell(domain, i, j), wins[:, i, j]
 
 
+def tied(row: ScoredRow) -> bool:
+    """Whether to the first scorer any chosen response is as good as any rejected one."""
+    chosen, rejected = row.scores[0, : row.chosen, None], row.scores[0, None, row.chosen :]
+    return bool((chosen == rejected).any())
+
+
 def _cell(domain: str, i: int, j: int) -> str:
     return f"{STYLES[i]} over {STYLES[j]}: {domain}"  # which no subset is called: they begin with a domain
 
@@ -89,4 +95,5 @@ RM_BENCH = Suite(
     | {name: [_cell(domain, i, j) for domain in DOMAINS for i, j in cells] for name, cells in DIFFICULTIES.items()},
     overall=dict.fromkeys(DOMAINS, 1.0),
     published=PUBLISHED,
+    tied=tied,
 )

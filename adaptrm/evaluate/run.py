@@ -84,7 +84,7 @@ def evaluate(
             cells.add(names, np.array(prompts, np.uint64), np.array(values, np.float64))
             for row in rows:
                 of_subsets[row.subset] = of_subsets.get(row.subset, 0) + 1
-                ties += row.scores[0, : row.chosen].max() == row.scores[0, row.chosen :].max()
+                ties += suite.tied(row)
             if len(of_subsets) > MOST_SUBSETS:
                 raise InputError(
                     f"{data}: has more than {MOST_SUBSETS} subsets; each is a figure: drop or merge the column subset"
@@ -97,7 +97,7 @@ def evaluate(
     named = {"suite": name, "model": model, "dtype": dtype, "n": sum(of_subsets.values()), "skipped": skipped}
     left = {name: count() for name, count in (counts or {}).items()}
     figures = _figures(suite, cells, of_subsets, tuple(trivial))
-    result = named | {"ties": int(ties)} | left | figures | diagnostics.found()
+    result = named | {"ties": ties} | left | figures | diagnostics.found()
     if first:
         _write(out, result)
         for ending, (kind, names) in suite.leaderboard.items():
@@ -200,6 +200,7 @@ def _figures(suite: Suite, cells: Cells, of_subsets: Mapping[str, int], trivial:
             "ci95": interval(means[ALL][0, 1:] - means[ALL][at, 1:]),
             "overall": None if overall is None else float(overall[at, 0]),
             "sections": {section: float(value[at, 0]) for section, value in sections.items()},
+            "subsets": {subset: float(means[subset][at, 0]) for subset in sorted(of_subsets)},
         }
         for at, scorer in enumerate(trivial, start=1)
     }

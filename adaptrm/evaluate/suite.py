@@ -42,6 +42,10 @@ class Row:
         top = self.scores == self.scores.max(axis=1, keepdims=True)
         return top[:, : self.chosen].sum(axis=1) / top.sum(axis=1)
 
+    def tied(self) -> bool:
+        """Whether to the first scorer the best chosen response is as good as the best rejected one."""
+        return bool(self.scores[0, : self.chosen].max() == self.scores[0, self.chosen :].max())
+
 
 # What is earned in a cell: the cell and a value of each scorer. A cell's mean is over what was earned there.
 Earned = tuple[str, Float64[np.ndarray, " scorers"]]
@@ -61,6 +65,7 @@ class Suite:
         overall: the weight of each section in the overall figure, which is None where one is absent.
         optional: sections that the overall figure does without where they are absent.
         published: rows of each subset in the whole benchmark, those of optional sections too.
+        tied: whether a tie costs the model something in a row.
         pairwise: every chosen response against every rejected one is a row of its own.
         cluster: by what rows are drawn together, where it is not the prompt.
         remark: what people should know who read its figures.
@@ -75,6 +80,7 @@ class Suite:
     overall: Mapping[str, float] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     published: Mapping[str, int] = field(default_factory=dict)
+    tied: Callable[[Row], bool] = Row.tied
     pairwise: bool = False
     cluster: Callable[[ResponseSet], str | None] = lambda one: None
     remark: str = ""
